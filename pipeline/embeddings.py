@@ -1,0 +1,144 @@
+"""The embedding store: which passages it lacks, and shards of (key, float16 vector) sorted by key.
+
+One store per encoder fingerprint, shared by all snapshots and runs: a text is encoded once. A unit is named
+by the hash of its keys, so the same work has the same name wherever and whenever it is done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from pipeline import layout
+from pipeline.errors import EncoderError, VerificationError
+from pipeline.fingerprint import sha256
+from pipeline.manifest import DataFile, Record, put_data, put_record
+from pipeline.model import TextTokenizer
+from pipeline.passages import KEY_BYTES
+from pipeline.shards import ROW_GROUP_ROWS, Keys, fixed_binary, keys_of, open_parquet, parquet_bytes, to_rows
+from pipeline.storage import Storage
+
+Half = npt.NDArray[np.float16]
+
+
+class Pick(BaseModel):
+    """Rows of one snapshot part, as runs (first, end)."""
+
+    model_config = ConfigDict(frozen=True)
+    file: DataFile
+    runs: tuple[tuple[int, int], ...]
+
+
+class EmbedUnit(BaseModel):
+    """Passages to encode together: rows of snapshot parts, one occurrence of each key."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    picks: tuple[Pick, ...]
+    passages: int
+
+
+@dataclass(frozen=True)
+class TokenizedUnit:
+    """A unit ready for the encoder: keys ascending, token ids of all passages in one array, cut by ``lengths``."""
+
+    name: str
+    keys: Keys
+    ids: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+
+
+def plan_embedding(parts: Sequence[tuple[DataFile, Keys]], stored: Keys, unit_passages: int) -> list[EmbedUnit]:
+    """Units over the keys that ``stored`` (sorted) lacks, each key once, in part order, of about equal size."""
+    if not parts:
+        return []
+    keys = np.concatenate([part_keys for _, part_keys in parts])
+    lengths = [len(part_keys) for _, part_keys in parts]
+    part_of = np.repeat(np.arange(len(parts)), lengths)
+    row_of = np.concatenate([np.arange(length) for length in lengths])
+    distinct, first = np.unique(keys, return_index=True)
+    todo = np.sort(first[~is_among(distinct, stored)])
+    if not len(todo):
+        return []
+    units = []
+    for chunk in np.array_split(todo, -(-len(todo) // unit_passages)):
+        picks = tuple(
+            Pick(file=parts[part][0], runs=_runs(row_of[chunk[part_of[chunk] == part]])) for part in np.unique(part_of[chunk])
+        )
+        name = sha256(np.sort(keys[chunk]).tobytes())[:20]
+        units.append(EmbedUnit(name=name, picks=picks, passages=len(chunk)))
+    return units
+
+
+def is_among(keys: Keys, known: Keys) -> npt.NDArray[np.bool_]:
+    """For each key whether it is in ``known`` (sorted), both (n,) S16."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=bool)
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return cast(npt.NDArray[np.bool_], known[places] == keys)
+
+
+def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, prompt: str) -> TokenizedUnit:
+    """Read the texts of a unit and tokenize them once, with the prompt."""
+    table = pa.concat_tables([_read_rows(storage, pick) for pick in unit.picks])
+    order = np.argsort(keys_of(table.column("key")))
+    table = table.take(order)
+    ids = tokenizer([prompt + text for text in table.column("text").to_pylist()])
+    lengths = np.array([len(tokens) for tokens in ids], dtype=np.int32)
+    flat = np.fromiter((token for tokens in ids for token in tokens), dtype=np.int32, count=int(lengths.sum()))
+    return TokenizedUnit(unit.name, keys_of(table.column("key")), flat, lengths)
+
+
+def put_embeddings(
+    storage: Storage, folder: str, unit: TokenizedUnit, vectors: npt.NDArray[np.float32], timings_s: dict[str, float]
+) -> Record:
+    """Store the vectors of a unit as float16 and create its record. Raises EncoderError on a vector that is no unit vector."""
+    norms = np.linalg.norm(vectors, axis=1)
+    if len(vectors) != len(unit.keys) or not np.allclose(norms, 1, atol=1e-3):
+        raise EncoderError(
+            f"unit {unit.name}: {len(vectors)} vectors for {len(unit.keys)} passages, lengths {norms.min()} to {norms.max()}"
+        )
+    table = pa.table(
+        {"key": fixed_binary(unit.keys), "embedding": fixed_binary(vectors.astype(np.float16))},
+        schema=embedding_schema(vectors.shape[1]),
+    )
+    file = put_data(storage, f"{folder}/{unit.name}", ".parquet", parquet_bytes(table, compress=False), len(vectors))
+    counts = {"passages": len(vectors), "tokens": int(unit.lengths.sum())}
+    return put_record(storage, folder, Record(unit=unit.name, files=(file,), counts=counts, timings_s=timings_s))
+
+
+def embedding_schema(dim: int) -> Any:
+    """Arrow schema of a shard: 16-byte key, ``dim`` little-endian float16."""
+    return pa.schema(
+        [pa.field("key", pa.binary(KEY_BYTES), nullable=False), pa.field("embedding", pa.binary(2 * dim), nullable=False)]
+    )
+
+
+def vectors_of(column: Any, dim: int) -> Half:
+    """Embedding column -> (n, dim) float16; raises VerificationError when the shard has another dimension."""
+    if column.type.byte_width != 2 * dim:
+        raise VerificationError(
+            f"an embedding shard has {column.type.byte_width // 2} dimensions, expected {dim}; it is of another encoder"
+        )
+    return cast(Half, to_rows(column, np.float16)).reshape(-1, dim)
+
+
+def _runs(rows: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """Ascending row numbers as runs (first, end)."""
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    ends = [*starts[1:], len(rows)]
+    return tuple((int(rows[start]), int(rows[end - 1]) + 1) for start, end in zip(starts, ends, strict=True))
+
+
+def _read_rows(storage: Storage, pick: Pick) -> Any:
+    """Key and text of some rows of a snapshot part; reads only the row groups that hold them."""
+    rows = np.concatenate([np.arange(first, end) for first, end in pick.runs])
+    groups = np.unique(rows // ROW_GROUP_ROWS)
+    starts = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
+    with open_parquet(storage, layout.PASSAGES, pick.file) as parquet:
+        table = parquet.read_row_groups([int(group) for group in groups], columns=["key", "text"])
+    return table.take(starts + rows % ROW_GROUP_ROWS)

@@ -1,0 +1,56 @@
+"""What every stage of a run shares: the config, the storages, the resolved encoder, and a way to tell progress."""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+
+from pipeline import layout
+from pipeline.config import Config
+from pipeline.model import EncoderSpec, ModelFolder, resolve_spec
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person or a log wants to know. ``done`` of ``total`` units; ``counts`` are sums so far."""
+
+    stage: str
+    message: str = ""
+    done: int = 0
+    total: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, for JSON lines."""
+        return asdict(self)
+
+
+Say = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. ``run_id`` names its records; nothing else depends on it."""
+
+    config: Config
+    spec: EncoderSpec
+    model: ModelFolder
+    storage: Storage
+    embeddings: Storage
+    run_id: str
+    say: Say
+
+    @property
+    def embedding_folder(self) -> str:
+        """Folder of this encoder's shards in the embedding store."""
+        return self.spec.fingerprint
+
+
+def plan_job(config: Config, *, precision: str, say: Say = lambda _: None) -> Job:
+    """Resolve the encoder and open the storages; ``precision`` is a resolved one. Writes nothing."""
+    spec, model = resolve_spec(**config.encoder.model_dump(exclude={"precision"}), precision=precision)
+    storage = Storage(config.root, config.store)
+    store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return Job(config, spec, model, storage, Storage(store, config.store), run_id, say)

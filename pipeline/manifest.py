@@ -1,0 +1,208 @@
+"""Records, manifests and log entries: the JSON that makes data exist.
+
+A record is created after its data, a manifest after its records, a commit after everything. What no record
+names does not exist. Every kind carries a format number; another number is refused, never guessed at.
+"""
+
+from pathlib import PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import VerificationError
+from pipeline.fingerprint import canonical_json, sha256
+from pipeline.storage import Storage
+
+FORMAT = 1
+"""One number (the default of ``Document.format``) for all files under a root: they change together before 1.0."""
+
+
+class Document(BaseModel):
+    """JSON with a format number; unknown fields are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal[1] = 1
+
+
+class DataFile(BaseModel):
+    """A finished file: trusted by its size and hash, not by being there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+class Record(Document):
+    """One finished unit of work, beside its data, created if absent. ``counts`` and ``timings_s`` say what it took."""
+
+    unit: str
+    files: tuple[DataFile, ...]
+    rejected: DataFile | None = None
+    counts: dict[str, int] = Field(default_factory=dict)
+    timings_s: dict[str, float] = Field(default_factory=dict)
+
+
+class InputFile(BaseModel):
+    """An input file of a snapshot. ``stamp`` tells cheaply whether it changed, ``content`` is its identity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    uri: str
+    size_bytes: int
+    stamp: str
+    content: str
+
+
+class SnapshotManifest(Document):
+    """The corpus at one moment: the ingest units it consists of."""
+
+    snapshot: str
+    files: tuple[InputFile, ...]
+    units: tuple[str, ...]
+    counts: dict[str, int]
+    limit: int | None = None
+
+
+class TrainedManifest(Document):
+    """A trained index: its file and how it came to be."""
+
+    trained: str
+    encoder: str
+    file: DataFile | None
+    kind: Literal["flat", "ivfpq"]
+    dim: int
+    nlist: int
+    m: int
+    nbits: int
+    opq: bool
+    passages: int
+    train_vectors: int
+    why: str
+    request: dict[str, Any]
+    timings_s: dict[str, float] = Field(default_factory=dict)
+
+
+class OperatingPoint(BaseModel):
+    """One measured setting of the search: recall@k against milliseconds per query, one query at a time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    nprobe: int
+    rescore: int
+    recall: float
+    latency_ms: float
+
+
+class Evaluation(Document):
+    """What the index finds of what exact search over the same vectors finds."""
+
+    k: int
+    queries: int
+    source: str
+    recall: float
+    recall_low: float
+    recall_high: float
+    gated: bool
+    point: OperatingPoint
+    points: tuple[OperatingPoint, ...]
+    labelled: dict[str, dict[str, float]] | None = None
+
+
+class MergeRecord(Document):
+    """The data files of an artifact to be: written by merge, read by evaluate and publish."""
+
+    version: str
+    files: dict[str, DataFile]
+    records: dict[str, str]
+    counts: dict[str, int]
+    timings_s: dict[str, float] = Field(default_factory=dict)
+
+
+class ArtifactManifest(Document):
+    """The servable folder: every file with its hash, every record it was made from, what it is and how good."""
+
+    version: str
+    content: str
+    created: str
+    snapshot: str
+    limit: int | None
+    counts: dict[str, int]
+    encoder: dict[str, Any]
+    dim: int
+    index: TrainedManifest
+    files: dict[str, DataFile]
+    records: dict[str, str]
+    evaluation: Evaluation
+    config: dict[str, Any]
+    versions: dict[str, str]
+    checksum: str = ""
+
+    def sealed(self) -> "ArtifactManifest":
+        """A copy whose checksum covers all its other fields."""
+        return self.model_copy(update={"checksum": self._digest()})
+
+    def check(self, where: str) -> None:
+        """Raise VerificationError unless the checksum fits."""
+        if self.checksum != self._digest():
+            raise VerificationError(
+                f"{where}: the manifest's checksum does not fit its content; restore or rebuild the artifact"
+            )
+
+    def _digest(self) -> str:
+        return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def to_bytes(document: BaseModel) -> bytes:
+    """Indented JSON, as people read it."""
+    return document.model_dump_json(indent=1).encode() + b"\n"
+
+
+def parse(kind: type[AnyDocument], data: bytes, where: str) -> AnyDocument:
+    """Parse and check; raises VerificationError naming the file and the field that does not fit."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "content"
+        raise VerificationError(
+            f"{where}: not a {kind.__name__} of format {FORMAT}, {field}: {first['msg']}; "
+            "it is damaged or was written by another version of vecmill"
+        ) from error
+
+
+def load(kind: type[AnyDocument], storage: Storage, path: str) -> AnyDocument | None:
+    """Read a document; None where there is none."""
+    try:
+        data = storage.read(path)
+    except FileNotFoundError:
+        return None
+    return parse(kind, data, storage.at(path))
+
+
+def put_data(storage: Storage, stem: str, suffix: str, data: bytes, rows: int) -> DataFile:
+    """Write immutable bytes under a name that carries their hash: ``<stem>-<sha256[:16]><suffix>``."""
+    digest = sha256(data)
+    path = f"{stem}-{digest[:16]}{suffix}"
+    storage.put(path, data)
+    return DataFile(name=PurePosixPath(path).name, rows=rows, size_bytes=len(data), sha256=digest)
+
+
+def put_record(storage: Storage, folder: str, record: Record) -> Record:
+    """Create the record of a finished unit; if another writer was first, its record is the one that counts."""
+    path = f"{folder}/{record.unit}.json"
+    if storage.create(path, to_bytes(record)):
+        return record
+    winner = load(Record, storage, path)
+    if winner is None:
+        raise VerificationError(f"{storage.at(path)}: exists but cannot be read; does this storage support create-if-absent?")
+    return winner
+
+
+def list_records(storage: Storage, folder: str) -> dict[str, Record]:
+    """Every record in a folder by unit name, each parsed and checked, in name order."""
+    paths = [path for path in storage.list(folder) if path.endswith(".json")]
+    records = (load(Record, storage, path) for path in paths)
+    return {record.unit: record for record in records if record is not None}

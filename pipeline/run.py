@@ -1,0 +1,91 @@
+"""The table of contents: a corpus becomes a live artifact.
+
+Every stage reads manifests and writes files; what exists is not computed again, so running twice, resuming
+after a crash and indexing what changed are the same command.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline import layout, publish
+from pipeline.artifact import verify
+from pipeline.config import Config
+from pipeline.job import Event, Job, Say, plan_job
+from pipeline.log import Lease, Log, writing
+from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
+from pipeline.model import resolve_precision
+from pipeline.stages import index as stages
+from pipeline.stages.cluster import Cluster, connected
+from pipeline.stages.embed import embed
+from pipeline.stages.ingest import ingest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did. ``artifact`` is the live one afterwards, ``committed`` whether this run made it live."""
+
+    run: str
+    snapshot: SnapshotManifest
+    encoded: int
+    index_shards: int
+    artifact: ArtifactManifest | None
+    committed: bool
+
+
+def reindex(config: Config, *, limit: int | None = None, go_live: bool = True, say: Say = lambda _: None) -> Outcome:
+    """Bring the root up to date with the corpus: encode, index and commit what changed, and nothing else."""
+    with running(config, say) as (job, lease, cluster):
+        live = publish.live_artifact(job.storage, Log(job.storage).refresh().live)
+        snapshot = ingest(job, limit)
+        encoded = embed(job, snapshot, cluster)
+        trained = stages.train(job, snapshot, cluster, live.index if live else None)
+        added = stages.add(job, snapshot, trained)
+        if live and live.content == publish.content_name(snapshot, trained, job.spec.fingerprint):
+            say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
+            return Outcome(job.run_id, snapshot, encoded, added, live, committed=False)
+        artifact = build(job, snapshot, trained, lease, cluster)
+        committed = go_live and _go_live(job, artifact, live, lease)
+        return Outcome(job.run_id, snapshot, encoded, added, artifact if committed else live, committed)
+
+
+def build(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
+    """Merge and evaluate under a version that no other writer can have: its epoch is in the name."""
+    version = f"{lease.epoch:06d}-{publish.content_name(snapshot, trained, job.spec.fingerprint)[:12]}"
+    merged = stages.merge(job, snapshot, trained, version)
+    evaluation = stages.evaluate(job, snapshot, trained, merged, cluster)
+    return publish.write_manifest(job, snapshot, trained, merged, evaluation)
+
+
+@contextlib.contextmanager
+def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
+    """A job that holds its root, on a cluster."""
+    with connected(config.compute) as cluster:
+        precision = resolve_precision(config.encoder.precision, on_gpu=cluster.gpus_per_encoder(config.compute) > 0)
+        job = plan_job(config, precision=precision, say=say)
+        with writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: say(Event("lock", text))) as lease:
+            yield job, lease, cluster
+
+
+def ingest_only(config: Config, *, limit: int | None = None, say: Say = lambda _: None) -> SnapshotManifest:
+    """The first part of ``reindex``: the snapshot."""
+    with running(config, say) as (job, _, _cluster):
+        return ingest(job, limit)
+
+
+def embed_only(config: Config, *, limit: int | None = None, say: Say = lambda _: None) -> int:
+    """The first two parts of ``reindex``: the snapshot and its embeddings; returns the passages encoded."""
+    with running(config, say) as (job, _, cluster):
+        return embed(job, ingest(job, limit), cluster)
+
+
+def _go_live(job: Job, artifact: ArtifactManifest, live: ArtifactManifest | None, lease: Lease) -> bool:
+    """Verify, gate, commit. A run with --limit does not replace an artifact without."""
+    verify(job.storage, layout.artifact(artifact.version))
+    publish.check_gate(artifact, job.config.publish.min_recall)
+    if artifact.limit is not None and live is not None and live.limit is None:
+        job.say(Event("publish", f"artifact {artifact.version} was made with --limit and does not replace {live.version}"))
+        return False
+    entry = publish.commit(lease, job.storage, artifact)
+    job.say(Event("publish", f"artifact {artifact.version} is live, commit {entry.number}", 1, 1))
+    return True

@@ -1,0 +1,1 @@
+"""The only Ray door: where work runs, never what it computes."""

@@ -1,0 +1,138 @@
+"""A Ray to work on: the one that is there, or a local one for the length of a run."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from pipeline.config import ComputeConfig
+from pipeline.errors import ConfigError, VecmillError
+
+LOCAL_OBJECT_STORE_BYTES = 512 << 20
+"""Only token ids and work units pass through the object store."""
+WORKER_ENVIRONMENT = {
+    "RAYON_NUM_THREADS": "1",  # the tokenizer's own pool; tasks run side by side instead
+    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to work with: whole cluster and the largest node."""
+
+    nodes: int
+    cpus: int
+    gpus: float
+    node_cpus: int
+
+    def encoders(self, compute: ComputeConfig) -> int:
+        """Actors that encode: as configured, else one per GPU share, without GPUs one per node."""
+        per_encoder = self.gpus_per_encoder(compute)
+        return compute.encoders or (max(1, int(self.gpus // per_encoder)) if per_encoder else self.nodes)
+
+    def gpus_per_encoder(self, compute: ComputeConfig) -> float:
+        """GPUs of an encoder: as configured, else 1 where the cluster has any."""
+        return compute.gpus_per_encoder if compute.gpus_per_encoder is not None else float(self.gpus > 0)
+
+    def threads(self, compute: ComputeConfig) -> int:
+        """Threads of an encoder: as configured, else its share of a node."""
+        per_node = -(-self.encoders(compute) // self.nodes)
+        return compute.cpus_per_encoder or max(1, self.node_cpus // per_node)
+
+
+@contextlib.contextmanager
+def connected(compute: ComputeConfig) -> Iterator[Cluster]:
+    """Use Ray for a block: an initialised one, $RAY_ADDRESS or ``compute.address``, else a local one that ends with it.
+
+    Raises ConfigError when the cluster lacks what the encoders ask for, so that nobody waits for it in vain.
+    """
+    quiet = logging.getLogger().level > logging.DEBUG
+    if quiet:
+        for name in ("ray", "ray.data", "ray._private"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    started = not ray.is_initialized()
+    if started:
+        _start(compute.address, quiet)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield _measure(compute)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def run_all(task: Callable[..., Any], calls: list[tuple[Any, ...]], *, cpus: float, done: Callable[[Any], None]) -> None:
+    """Run Ray tasks, a few more than fit at a time; ``done`` gets each result as it comes. Errors are raised as they are."""
+    remote = ray.remote(num_cpus=cpus, max_retries=3)(task)
+    waiting = list(reversed(calls))
+    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
+    running: list[Any] = []
+    while waiting or running:
+        while waiting and len(running) < window:
+            running.append(remote.remote(*waiting.pop()))
+        ready, running = ray.wait(running, num_returns=1)
+        for reference in ready:
+            done(_result(reference))
+
+
+def run_one(task: Callable[..., Any], *arguments: Any, cpus: float) -> Any:
+    """Run one Ray task and return its result."""
+    return _result(ray.remote(num_cpus=cpus, max_retries=3)(task).remote(*arguments))
+
+
+def _result(reference: Any) -> Any:
+    """The result of a task; an error of ours is raised as itself, not wrapped in Ray's."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise own_error(error) from error
+
+
+def own_error(error: BaseException) -> BaseException:
+    """The VecmillError or other cause inside Ray's wrapping, or the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, VecmillError) and isinstance(seen, ray.exceptions.RayTaskError):
+            kind = next(kind for kind in type(seen).__mro__ if kind.__module__ == VecmillError.__module__)
+            return cast(VecmillError, kind(str(getattr(seen, "cause", seen))))
+        if isinstance(seen, VecmillError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
+
+
+def _start(address: str | None, quiet: bool) -> None:
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}, "log_to_driver": not quiet}
+    if quiet:
+        options["logging_level"] = logging.ERROR
+    if address is None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address or "local", **options)
+    except ConnectionError as error:
+        raise ConfigError(f"Ray at {address}: no cluster answers; start it or unset compute.address and RAY_ADDRESS") from error
+
+
+def _measure(compute: ComputeConfig) -> Cluster:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not alive:
+        raise ConfigError("Ray: the cluster has no node with a CPU; add one")
+    cluster = Cluster(
+        nodes=len(alive),
+        cpus=int(sum(node["CPU"] for node in alive)),
+        gpus=sum(node.get("GPU", 0.0) for node in alive),
+        node_cpus=int(max(node["CPU"] for node in alive)),
+    )
+    wanted = cluster.encoders(compute) * cluster.gpus_per_encoder(compute)
+    if wanted > cluster.gpus:
+        raise ConfigError(
+            f"compute: {wanted:g} GPUs wanted by the encoders, the cluster has {cluster.gpus:g}; lower compute.encoders"
+        )
+    return cluster

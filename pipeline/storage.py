@@ -1,0 +1,259 @@
+"""The only door to files: local paths and every fsspec URI behind one small interface.
+
+Promises: a put shows the whole object or nothing; ``create`` makes an object only if it is absent.
+Nothing is ever written through ``fs.open(..., "wb")``: an exception inside commits the torn object on S3
+(apache/arrow#40502). Nothing is trusted because a listing shows it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.config import S3Config, StoreConfig
+from pipeline.errors import ConfigError, StorageError
+from pipeline.fingerprint import sha256_file
+
+SCHEMES = {"file": None, "s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "adls", "az": "adls", "memory": None}
+"""Allowed URI schemes and the extra that brings each (fsspec knows 55, ssh and http among them)."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as the storage describes it. ``stamp``: the etag, on local disk the modification time in ns."""
+
+    uri: str
+    size_bytes: int
+    stamp: str
+
+
+class Storage:
+    """A folder at a URI. Paths are relative to it, with forward slashes."""
+
+    def __init__(self, uri: str, store: StoreConfig | None = None) -> None:
+        scheme = uri_scheme(uri)
+        self._store = store or StoreConfig()
+        options = _s3_options(self._store.s3) if scheme == "s3" else {}
+        try:
+            self.fs = fsspec.filesystem(scheme, use_listings_cache=False, **options)
+        except ImportError as error:
+            raise ConfigError(f"{uri}: {scheme}:// needs an extra; pip install 'vecmill[{SCHEMES[scheme]}]'") from error
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.uri = str(Path(_strip_scheme(uri)).expanduser().absolute()) if self.is_local else uri.rstrip("/")
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, StoreConfig]]:
+        return Storage, (self.uri, self._store)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    def at(self, path: str) -> str:
+        """The full URI of ``path``, as fsspec and error texts take it."""
+        return f"{self.uri}/{path}" if path else self.uri
+
+    def read(self, path: str) -> bytes:
+        """Whole object; raises FileNotFoundError, StorageError."""
+        with self._explained("read", path):
+            return cast(bytes, self.fs.cat_file(self.at(path)))
+
+    def open(self, path: str) -> BinaryIO:
+        """A seekable file for reading; the caller closes it."""
+        with self._explained("open", path):
+            return cast(BinaryIO, self.fs.open(self.at(path), "rb"))
+
+    def exists(self, path: str) -> bool:
+        """Whether an object is there now."""
+        with self._explained("look for", path):
+            return bool(self.fs.exists(self.at(path)))
+
+    def list(self, path: str) -> list[str]:
+        """Paths of the files directly under ``path``, sorted; empty if there is no such folder."""
+        with self._explained("list", path):
+            try:
+                found = self.fs.ls(self.at(path), detail=True, refresh=True) if not self.is_local else self.fs.ls(self.at(path))
+            except FileNotFoundError:
+                return []
+        names = [str(item["name"]) if isinstance(item, dict) else str(item) for item in found]
+        return sorted(f"{path}/{name.rstrip('/').rsplit('/', 1)[-1]}" for name in names)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a whole object, replacing any."""
+        with self._explained("write", path):
+            if not self.is_local:
+                self.fs.pipe_file(self.at(path), data)
+                return
+            temporary = self._write_temporary(path, data)
+            temporary.replace(self.at(path))
+            _sync_folder(Path(self.at(path)).parent)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole object only if none is there: True if this call made it. ``data`` is never empty."""
+        if not data:
+            raise ValueError(f"{path}: an empty object cannot be created exclusively (s3fs ignores the condition)")
+        with self._explained("create", path):
+            if not self.is_local:
+                try:
+                    self.fs.pipe_file(self.at(path), data, mode="create")
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if "PreconditionFailed" in str(error) or "At least one of the pre-conditions" in str(error):
+                        return False
+                    raise
+                return True
+            temporary = self._write_temporary(path, data)
+            try:
+                os.link(temporary, self.at(path))
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink()
+            _sync_folder(Path(self.at(path)).parent)
+            return True
+
+    def adopt(self, path: str, local: Path) -> None:
+        """Move a finished local file here as one object, replacing any."""
+        with self._explained("write", path):
+            if not self.is_local:
+                self.fs.put_file(str(local), self.at(path))
+                local.unlink()
+                return
+            target = Path(self.at(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as file:
+                temporary = Path(file.name)
+            try:
+                shutil.move(local, temporary)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.chmod(0o644)
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            _sync_folder(target.parent)
+
+    def fetch(self, path: str, local: Path) -> None:
+        """Copy an object to a local file."""
+        with self._explained("fetch", path):
+            self.fs.get_file(self.at(path), str(local))
+
+    def _write_temporary(self, path: str, data: bytes) -> Path:
+        folder = Path(self.at(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+            except BaseException:
+                Path(file.name).unlink()
+                raise
+        return Path(file.name)
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, path: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.at(path)}: not found") from error
+        except OSError as error:
+            raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check path, credentials and space") from error
+
+
+def list_files(uri: str, store: StoreConfig) -> list[FileInfo]:
+    """Every regular file at a URI (file, folder with all below it, or glob), sorted by URI, hidden ones left out.
+
+    Hidden: a name or folder below the URI that starts with ``.`` or ``_`` (``_SUCCESS``, ``_temporary``, ``.crc``).
+    Raises ConfigError when nothing is there, naming the nearest folder that exists.
+    """
+    storage = Storage(uri, store)
+    root = storage.uri
+    with storage._explained("list", ""):
+        if any(mark in root for mark in "*[") and not storage.fs.exists(root):
+            found = storage.fs.glob(root, detail=True)
+            base = re.split(r"[*\[]", root, maxsplit=1)[0].rpartition("/")[0]
+        else:
+            found = storage.fs.find(root, detail=True)
+            base = root
+    prefix = _strip_scheme(base).rstrip("/") + "/"
+    files = [
+        FileInfo(_full_uri(name, storage), int(info["size"]), _stamp(name, info, storage))
+        for name, info in sorted(found.items())
+        if info["type"] == "file" and not _is_hidden(name.removeprefix(prefix))
+    ]
+    if not files:
+        raise ConfigError(f"{uri}: no input files there; {_nearest(storage, root)}")
+    return files
+
+
+def content_hash(file: FileInfo) -> str:
+    """Identity of a file's bytes: its etag, on local disk their SHA-256."""
+    return file.stamp if uri_scheme(file.uri) != "file" else sha256_file(Path(file.uri))
+
+
+def uri_scheme(uri: str) -> str:
+    """The scheme of a URI (``file`` for plain paths); raises ConfigError on one that is not allowed or is chained."""
+    if "::" in uri:
+        raise ConfigError(f"{uri}: chained URIs are not supported; give a plain one")
+    scheme = urlsplit(uri).scheme if "://" in uri else "file"
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{uri}: scheme {scheme}:// is not supported; use one of {', '.join(SCHEMES)}")
+    return scheme
+
+
+def _s3_options(s3: S3Config) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if s3.endpoint_url:
+        options["endpoint_url"] = s3.endpoint_url
+    if s3.region:
+        options["client_kwargs"] = {"region_name": s3.region}
+    if s3.key and s3.secret:
+        options |= {"key": s3.key.get_secret_value(), "secret": s3.secret.get_secret_value()}
+    return options
+
+
+def _strip_scheme(uri: str) -> str:
+    return uri.split("://", 1)[1] if "://" in uri else uri
+
+
+def _full_uri(name: str, storage: Storage) -> str:
+    return name if storage.is_local else f"{uri_scheme(storage.uri)}://{name.lstrip('/')}"
+
+
+def _stamp(name: str, info: dict[str, Any], storage: Storage) -> str:
+    if storage.is_local:
+        return str(Path(name).stat().st_mtime_ns)
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("content_settings", {}).get("content_md5")
+    return str(etag or info.get("created", "")).strip('"')
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/"))
+
+
+def _nearest(storage: Storage, root: str) -> str:
+    folder = root
+    while "/" in _strip_scheme(folder).strip("/"):
+        folder = folder.rpartition("/")[0]
+        if storage.fs.exists(folder):
+            return f"the nearest folder that exists is {folder}"
+    return "check the path"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
