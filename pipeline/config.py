@@ -81,7 +81,13 @@ class IndexConfig(Section):
     train_vectors: int | None = Field(
         None, ge=1, description="Training sample; default: 64 per list, at least 65,536, at most the corpus"
     )
-    target_recall: float = Field(0.95, gt=0, le=1, description="Search settings are chosen to reach this recall@k")
+    target_recall: float = Field(
+        0.99,
+        gt=0,
+        le=1,
+        description="Search settings are chosen to reach this recall@k on held-out passages; real queries find less "
+        "(SciFact train queries: 0.92 where passages have 0.965, 0.995 where they have 0.997)",
+    )
     seed: int = Field(1234, ge=0, description="Seed of the training sample and of k-means")
 
 

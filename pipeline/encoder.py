@@ -6,6 +6,7 @@ always run in FP32. An encoder that cannot give what its spec promises refuses t
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,7 @@ class Encoder:
             document_prompt=spec.document_prompt,
             query_prompt=spec.query_prompt,
             max_tokens=spec.max_tokens,
-            precision=resolve_precision(spec.precision, on_gpu=torch.cuda.is_available()),
+            precision=resolve_here(spec.precision),
         )
         if found.fingerprint != spec.fingerprint:
             raise EncoderError(
@@ -163,11 +164,26 @@ def _flat_features(batch: Sequence[Tokens], device: torch.device) -> dict[str, A
     return {"input_ids": torch.from_numpy(flat).to(device), "offsets": torch.from_numpy(np.cumsum(lengths)).to(device)}
 
 
+def resolve_here(precision: str) -> str:
+    """``auto`` resolved for encoders on this machine."""
+    return resolve_precision(precision, on_gpu=torch.cuda.is_available())
+
+
+def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
+    """Tokens per second of this machine on ``texts``, after a warm-up."""
+    encoder = Encoder(spec)
+    tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
+    encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
+    started = time.perf_counter()
+    encoder.encode_tokens(tokens, prompt=spec.document_prompt)
+    return sum(len(ids) for ids in tokens) / (time.perf_counter() - started)
+
+
 def load_query_encoder(spec: EncoderSpec, *, query_prompt: str | None = None) -> Encoder:
     """An encoder for queries against vectors made with ``spec``: same space, this machine's own best precision.
 
     Raises EncoderError when the model here is not of the same space.
     """
-    precision = resolve_precision("auto", on_gpu=torch.cuda.is_available())
+    precision = resolve_here("auto")
     prompt = spec.query_prompt if query_prompt is None else query_prompt
     return Encoder(replace(spec, precision=precision, query_prompt=prompt))

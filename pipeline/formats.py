@@ -92,6 +92,20 @@ def read_rows(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
     return _READERS[part.format](part, columns, store)
 
 
+def count_rows(part: Slice, store: StoreConfig) -> int:
+    """Rows of a slice without looking into them: Parquet's own number, the non-blank lines, the records of a CSV file."""
+    with _open(part.uri, store) as handle:
+        if part.format == "parquet":
+            metadata = _parquet(handle, part.uri).metadata
+            end = metadata.num_row_groups if part.end_row_group is None else part.end_row_group
+            return sum(metadata.row_group(group).num_rows for group in range(part.first_row_group, end))
+        if part.format == "text":
+            return 1
+        if part.format in {"csv", "tsv"}:
+            return max(0, sum(1 for row in _delimited(handle, part) if row) - 1)
+        return sum(1 for line in _guarded(_lines(_decompressed(handle, part.uri)), part.uri) if line.strip())
+
+
 def base_name(uri: str) -> str:
     """File name without its compression ending."""
     name = uri.rpartition("/")[2]
@@ -161,11 +175,8 @@ def _json_row(line: bytes) -> _Row:
 
 
 def _read_delimited(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
-    csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if part.format == "tsv" else ","
     with _open(part.uri, store) as handle:
-        stream = io.TextIOWrapper(_decompressed(handle, part.uri), "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(_guarded(stream, part.uri), delimiter=delimiter)
+        rows = _delimited(handle, part)
         header = next(rows, [])
         _require(columns, header, part.uri)
         for number, row in enumerate(rows):
@@ -173,6 +184,12 @@ def _read_delimited(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
                 yield number, dict(zip(header, row, strict=True))
             elif row:
                 yield number, BadRowError("E_COLUMNS", f"{len(row)} fields, the header has {len(header)}")
+
+
+def _delimited(handle: BinaryIO, part: Slice) -> Iterator[list[str]]:
+    csv.field_size_limit(sys.maxsize)
+    stream = io.TextIOWrapper(_decompressed(handle, part.uri), "utf-8-sig", errors="surrogateescape", newline="")
+    return csv.reader(_guarded(stream, part.uri), delimiter="\t" if part.format == "tsv" else ",")
 
 
 def _read_text(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:

@@ -80,7 +80,9 @@ def divisors(dim: int) -> list[int]:
 def train(plan: IndexPlan, vectors: Matrix, seed: int) -> bytes:
     """Train centroids and codebooks on (n, dim) float32; returns the empty index as FAISS bytes."""
     dim = vectors.shape[1]
-    factory = f"{f'OPQ{plan.m},' if plan.opq else ''}IVF{plan.nlist},PQ{plan.m}x{plan.nbits}"
+    rotation = f"OPQ{plan.m}," if plan.opq else ""
+    # np: no polysemous training, which costs 1.7 CPU seconds per sub-vector (84 s at m = 48) and which no search here uses
+    factory = f"{rotation}IVF{plan.nlist},PQ{plan.m}x{plan.nbits}np"
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     ivf = faiss.extract_index_ivf(index)
     ivf.cp.seed = seed

@@ -127,10 +127,9 @@ def add(job: Job, shard: Record, trained: TrainedManifest) -> Record:
     folder = layout.index_shards(trained.trained)
     data = parquet_bytes(pa.table({"code": fixed_binary(codes)}, schema=schema), compress=False)
     put = put_data(job.storage, f"{folder}/{shard.unit}", ".parquet", data, len(codes))
-    counts = {"vectors": len(codes)}
-    return put_record(
-        job.storage, folder, Record(unit=shard.unit, files=(put,), counts=counts, timings_s={"total": time.perf_counter() - started})
-    )  # fmt: skip
+    timings = {"total": time.perf_counter() - started}
+    record = Record(unit=shard.unit, files=(put,), counts={"vectors": len(codes)}, timings_s=timings)
+    return put_record(job.storage, folder, record)
 
 
 def merge(
@@ -228,9 +227,7 @@ def _codes(
     for shard in shards:
         record = load(Record, storage, f"{folder}/{shard.record.unit}.json")
         if record is None or record.files[0].rows != len(shard.ordinals):
-            raise VerificationError(
-                f"{storage.at(folder)}/{shard.record.unit}: no index shard of {len(shard.ordinals)} rows; run add again"
-            )
+            raise VerificationError(f"{storage.at(folder)}/{shard.record.unit}: no index shard; run again")
         table = read_columns(storage, folder, record.files[0], ["code"])
         yield to_rows(table.column("code"), np.uint8).reshape(len(shard.ordinals), -1), shard.ordinals
 

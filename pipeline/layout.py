@@ -8,6 +8,7 @@ LOG = "log"
 BEATS = "beats"
 PASSAGES = "passages"
 EMBEDDINGS = "embeddings"
+TRAINED = "trained"
 
 
 def snapshot(snapshot_id: str) -> str:
@@ -17,7 +18,7 @@ def snapshot(snapshot_id: str) -> str:
 
 def trained(fingerprint: str) -> str:
     """The folder of one trained index."""
-    return f"trained/{fingerprint}"
+    return f"{TRAINED}/{fingerprint}"
 
 
 def index_shards(trained_fingerprint: str) -> str:

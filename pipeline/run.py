@@ -23,30 +23,37 @@ from pipeline.stages.ingest import ingest
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did. ``artifact`` is the live one afterwards, ``committed`` whether this run made it live."""
+    """What a run did: passages encoded, whether it trained, index shards made, the artifact it built, what is live now."""
 
     run: str
     snapshot: SnapshotManifest
     encoded: int
+    trained: bool
     index_shards: int
-    artifact: ArtifactManifest | None
+    built: ArtifactManifest | None
+    live: ArtifactManifest | None
     committed: bool
 
 
-def reindex(config: Config, *, limit: int | None = None, go_live: bool = True, say: Say = lambda _: None) -> Outcome:
-    """Bring the root up to date with the corpus: encode, index and commit what changed, and nothing else."""
+def reindex(
+    config: Config, *, limit: int | None = None, encode: bool = True, go_live: bool = True, say: Say = lambda _: None
+) -> Outcome:
+    """Bring the root up to date with the corpus: encode, index and commit what changed, and nothing else.
+
+    Without ``encode`` a passage that has no vector yet is an error (VerificationError).
+    """
     with running(config, say) as (job, lease, cluster):
         live = publish.live_artifact(job.storage, Log(job.storage).refresh().live)
         snapshot = ingest(job, limit)
-        encoded = embed(job, snapshot, cluster)
-        trained = stages.train(job, snapshot, cluster, live.index if live else None)
+        encoded = embed(job, snapshot, cluster) if encode else 0
+        trained, is_new = stages.train(job, snapshot, cluster, live.index if live else None)
         added = stages.add(job, snapshot, trained)
         if live and live.content == publish.content_name(snapshot, trained, job.spec.fingerprint):
             say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
-            return Outcome(job.run_id, snapshot, encoded, added, live, committed=False)
-        artifact = build(job, snapshot, trained, lease, cluster)
-        committed = go_live and _go_live(job, artifact, live, lease)
-        return Outcome(job.run_id, snapshot, encoded, added, artifact if committed else live, committed)
+            return Outcome(job.run_id, snapshot, encoded, is_new, added, None, live, committed=False)
+        built = build(job, snapshot, trained, lease, cluster)
+        committed = go_live and _go_live(job, built, live, lease)
+        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, built if committed else live, committed)
 
 
 def build(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:

@@ -68,21 +68,23 @@ class Searcher:
 
         Looks at more passages until k distinct documents are found or the index has no more.
         """
-        return [self._documents_for(query[None, :], k, nprobe, rescoring, exact) for query in queries]
-
-    def _documents_for(self, query: Matrix, k: int, nprobe: int | None, rescoring: int | None, exact: bool) -> list[Hit]:
+        answers: list[list[Hit]] = [[] for _ in queries]
+        pending = np.arange(len(queries))
         depth = k
-        while True:
+        while len(pending):
             scores, ordinals = (
-                self.exact_neighbours(query, depth)
+                self.exact_neighbours(queries[pending], depth)
                 if exact
-                else self.neighbours(query, depth, nprobe=nprobe, rescoring=rescoring)
+                else self.neighbours(queries[pending], depth, nprobe=nprobe, rescoring=rescoring)
             )
-            found = ordinals[0] >= 0
-            hits = self._roll_up(scores[0][found], ordinals[0][found], k)
-            if len(hits) >= k or depth >= len(self.vectors) or not found.all():
-                return hits
+            found = ordinals >= 0
+            for row, number in enumerate(pending):
+                answers[number] = self._roll_up(scores[row][found[row]], ordinals[row][found[row]], k)
+            exhausted = ~found.all(axis=1) | (depth >= len(self.vectors))
+            short = np.array([len(answers[number]) < k for number in pending])
+            pending = pending[short & ~exhausted]
             depth = min(2 * depth, len(self.vectors))
+        return answers
 
     def _roll_up(self, scores: npt.NDArray[np.float32], ordinals: Ordinals, k: int) -> list[Hit]:
         rows = self.rows(ordinals)

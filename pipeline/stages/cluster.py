@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -55,6 +56,8 @@ def connected(compute: ComputeConfig) -> Iterator[Cluster]:
     if quiet:
         for name in ("ray", "ray.data", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # max_restarts has no named parameter yet; the replacement must come before Ray 2.64 (see pyproject.toml)
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     started = not ray.is_initialized()
     if started:
         _start(compute.address, quiet)
@@ -108,6 +111,8 @@ def own_error(error: BaseException) -> BaseException:
 
 def _start(address: str | None, quiet: bool) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
+    if quiet:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}, "log_to_driver": not quiet}
     if quiet:
         options["logging_level"] = logging.ERROR
@@ -115,9 +120,23 @@ def _start(address: str | None, quiet: bool) -> None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address or "local", **options)
+        with _muted_stderr() if quiet else contextlib.nullcontext():
+            ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise ConfigError(f"Ray at {address}: no cluster answers; start it or unset compute.address and RAY_ADDRESS") from error
+
+
+@contextlib.contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Keep what Ray's C++ core prints while it starts off the terminal; its failures come as exceptions."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _measure(compute: ComputeConfig) -> Cluster:

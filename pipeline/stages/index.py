@@ -12,13 +12,14 @@ from pipeline.stages.cluster import Cluster, run_all, run_one
 from pipeline.stages.ingest import load_records
 
 
-def train(job: Job, snapshot: SnapshotManifest, cluster: Cluster, live: TrainedManifest | None) -> TrainedManifest:
-    """The trained index for a snapshot: that of the ``live`` artifact while it fits, else a new one."""
+def train(job: Job, snapshot: SnapshotManifest, cluster: Cluster, live: TrainedManifest | None) -> tuple[TrainedManifest, bool]:
+    """The trained index for a snapshot, and whether it is new: that of the ``live`` artifact is kept while it fits."""
+    known = {path.rpartition("/")[2] for path in job.storage.list(layout.TRAINED)}
     trained: TrainedManifest = run_one(_train, _plain(job), snapshot, live, cluster.node_cpus, cpus=cluster.node_cpus)
-    reused = live is not None and live.trained == trained.trained
+    reused = trained.trained in known
     size = "" if trained.kind == "flat" else f", nlist {trained.nlist}, m {trained.m}, {trained.nbits} bits"
     job.say(Event("train", f"{'reused' if reused else 'chosen'}: {trained.kind}{size}; {trained.why}", 1, 1))
-    return trained
+    return trained, not reused
 
 
 def add(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest) -> int:

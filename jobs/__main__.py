@@ -1,0 +1,37 @@
+"""``python -m jobs``, installed as ``vecmill``."""
+
+import typer
+
+from jobs.demo import demo
+from jobs.evaluate import evaluate
+from jobs.plan import plan
+from jobs.reindex import embed, index, ingest, reindex
+from jobs.search import search
+from jobs.status import status
+from jobs.verify import verify
+from pipeline import __version__
+
+app = typer.Typer(
+    name="vecmill",
+    help="A corpus of text becomes one servable vector index, and stays up to date.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for function in (reindex, ingest, embed, index, plan, search, evaluate, verify, status, demo):
+    app.command()(function)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point of ``vecmill``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

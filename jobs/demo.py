@@ -1,0 +1,54 @@
+"""``vecmill demo``: the whole job on real text with a real model, then five searches."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.demo_corpus import write_corpus
+from jobs.options import QuietOption, VerboseOption, command, messages, progress, results
+from jobs.search import hit_table
+from pipeline.config import load_config
+
+DEMO_CONFIG = """# written by `vecmill demo`; use it with vecmill search -c, status -c, reindex -c
+root: {folder}/root
+corpus:
+  uri: {folder}/docstrings.jsonl
+  title: title
+  metadata: [kind]
+"""
+QUERIES = (
+    "remove duplicate lines while keeping order",
+    "run a function later in another thread",
+    "parse a date written as text",
+    "send an email with an attachment",
+    "compress a file",
+)
+
+
+@command
+def demo(
+    folder: Annotated[Path, typer.Option("--folder", help="Where corpus, config and index go")] = Path("vecmill-demo"),
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Index the docstrings of the Python standard library with all-MiniLM-L6-v2 and search them."""
+    from pipeline import run
+    from pipeline.live import open_live
+
+    documents = write_corpus(folder / "docstrings.jsonl")
+    file = folder / "config.yaml"
+    file.write_text(DEMO_CONFIG.format(folder=folder), encoding="utf-8")
+    if not quiet:
+        messages.print(f"demo: {documents} docstrings of the Python standard library in {folder}/docstrings.jsonl")
+    settings = load_config(file)
+    with progress(quiet=quiet) as say:
+        run.reindex(settings, say=say)
+    opened = open_live(settings)
+    from pipeline.encoder import load_query_encoder
+
+    vectors = load_query_encoder(opened.spec).encode_queries(QUERIES)
+    for query, hits in zip(QUERIES, opened.searcher.search(vectors, 3), strict=True):
+        results.print(f"\n[bold]{query}")
+        results.print(hit_table(hits))
+    results.print(f'\nSearch it yourself: vecmill search -c {file} "your words"')

@@ -1,0 +1,64 @@
+"""``vecmill plan``: the dry run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from rich.table import Table
+
+from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
+from pipeline.config import load_config
+from pipeline.job import Job, plan_job
+from pipeline.planning import Plan, make_plan
+
+
+@command
+def plan(
+    config: ConfigOption, overrides: SetOption = None, as_json: JsonOption = False, verbose: VerboseOption = False
+) -> None:
+    """Show what a reindex would read, build and cost; writes nothing."""
+    job = plan_job(load_config(config, tuple(overrides or ())), precision="fp32")
+    found, job = _plan(job)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _show(found, job)
+
+
+def _plan(job: Job) -> tuple[Plan, Job]:
+    from pipeline.encoder import measure_rate, resolve_here
+
+    precision = resolve_here(job.config.encoder.precision)
+    job = replace(job, spec=replace(job.spec, precision=precision))
+
+    def calibrate(texts: Sequence[str]) -> float:
+        return measure_rate(job.spec, texts)
+
+    return make_plan(job, calibrate), job
+
+
+def _show(found: Plan, job: Job) -> None:
+    index = found.index
+    size = (
+        ""
+        if index.kind == "flat"
+        else f", nlist {index.nlist}, m {index.m}, {index.nbits} bits, trained on {index.train_vectors}"
+    )
+    rows = {
+        "corpus": f"{job.config.corpus.uri}: {found.files} files ({', '.join(found.formats)}), {_mb(found.input_bytes)}",
+        "work": f"{found.units} ingest units, {found.units_done} of them done before",
+        "documents": f"{found.documents:,} (sampled {found.sampled_documents:,}, of those {found.sampled_rejected} rejected)",
+        "passages": f"about {found.passages:,}, {found.tokens:,} tokens, {found.truncated_documents:,} documents truncated",
+        "encoder": f"{found.encoder}, {found.dim} dimensions, {found.tokens_per_s:,.0f} tokens/s here",
+        "encoding": f"about {found.encode_s / 60:.1f} minutes on this machine, if no passage is in the store yet",
+        "index": f"{index.kind}{size}; {index.why}",
+        "disk": f"embeddings {_mb(found.embedding_bytes)}, artifact about {_mb(found.artifact_bytes)}",
+        "memory": f"merge about {_mb(found.merge_memory_bytes)}, search {_mb(found.search_memory_bytes)} and mapped files",
+    }
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}", text)
+    results.print(table)
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

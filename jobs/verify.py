@@ -1,0 +1,41 @@
+"""``vecmill verify``: every byte of an artifact against its manifest."""
+
+from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
+from jobs.search import ArtifactOption, OptionalConfig
+from pipeline import artifact as artifacts
+from pipeline import layout
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.log import Log
+from pipeline.publish import live_artifact
+from pipeline.storage import Storage
+
+
+@command
+def verify(
+    config: OptionalConfig = None,
+    overrides: SetOption = None,
+    artifact: ArtifactOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Read every file of an artifact back and compare hashes; exit 5 names the first that is wrong."""
+    settings = load_config(config, tuple(overrides or ())) if config else None
+    store = settings.store if settings else None
+    if artifact is not None:
+        manifest = artifacts.verify(Storage(artifact, store), "")
+    elif settings is not None:
+        storage = Storage(settings.root, store)
+        live = live_artifact(storage, Log(storage).refresh().live)
+        if live is None:
+            raise ConfigError(f"{storage.uri}: nothing is live here; run vecmill reindex first")
+        manifest = artifacts.verify(storage, layout.artifact(live.version))
+    else:
+        raise ConfigError("give -c FILE for the live artifact, or --artifact URI")
+    size_bytes = sum(file.size_bytes for file in manifest.files.values())
+    if as_json:
+        print_json({"artifact": manifest.version, "files": len(manifest.files) + 1, "bytes": size_bytes, "ok": True})
+    else:
+        results.print(
+            f"artifact {manifest.version}: {len(manifest.files) + 1} files, {size_bytes / 1e6:.1f} MB, all as recorded"
+        )

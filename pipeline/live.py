@@ -1,0 +1,109 @@
+"""The live artifact on this machine: found through the log, copied here when it is remote, opened, asked."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import layout
+from pipeline.artifact import MANIFEST, read_manifest, verify
+from pipeline.config import Config, SearchConfig, StoreConfig
+from pipeline.errors import ConfigError, StorageError
+from pipeline.fingerprint import sha256
+from pipeline.log import Log
+from pipeline.manifest import ArtifactManifest
+from pipeline.model import EncoderSpec, resolve_spec
+from pipeline.publish import live_artifact
+from pipeline.searcher import Searcher
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An artifact ready to be searched, and the encoder spec that its queries need."""
+
+    manifest: ArtifactManifest
+    searcher: Searcher
+    spec: EncoderSpec
+
+
+def open_live(config: Config) -> Opened:
+    """Open what the last commit names; the config's encoder must be of its space. ConfigError where nothing is live."""
+    storage = Storage(config.root, config.store)
+    manifest = live_artifact(storage, Log(storage).refresh().live)
+    if manifest is None:
+        raise ConfigError(f"{storage.uri}: nothing is live here; run vecmill reindex first")
+    spec = _config_spec(config, manifest)
+    folder = _local_folder(storage, layout.artifact(manifest.version), config.search)
+    return Opened(manifest, Searcher(folder, manifest.dim, _point(manifest, config.search)), spec)
+
+
+def open_uri(uri: str, search: SearchConfig | None = None, store: StoreConfig | None = None) -> Opened:
+    """Open an artifact folder wherever it is; the model named in its manifest must be on this machine."""
+    search = search or SearchConfig()
+    storage = Storage(uri, store)
+    folder = _local_folder(storage, "", search)
+    manifest = read_manifest((folder / MANIFEST).read_bytes(), storage.at(MANIFEST))
+    known = {field.name for field in fields(EncoderSpec)}
+    spec = EncoderSpec(**{name: value for name, value in manifest.encoder.items() if name in known})
+    return Opened(manifest, Searcher(folder, manifest.dim, _point(manifest, search)), spec)
+
+
+def _config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
+    settings = config.encoder.model_dump(exclude={"precision"})
+    spec, _ = resolve_spec(**settings, precision=manifest.encoder["precision"])
+    if spec.space != manifest.encoder["space"]:
+        raise ConfigError(
+            f"{config.root}: artifact {manifest.version} was made with {manifest.encoder['model']}, max_tokens "
+            f"{manifest.encoder['max_tokens']}, prompt {manifest.encoder['document_prompt']!r}; the config's encoder "
+            f"({spec.model}, {spec.max_tokens}, {spec.document_prompt!r}) is another one; run vecmill reindex or mend the config"
+        )
+    return spec
+
+
+def _point(manifest: ArtifactManifest, search: SearchConfig) -> Any:
+    point = manifest.evaluation.point
+    wanted = {"nprobe": search.nprobe, "rescore": search.rescore}
+    return point.model_copy(update={name: value for name, value in wanted.items() if value is not None})
+
+
+def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> Path:
+    """The artifact as a local folder: in place, or a verified copy in the cache, named by the manifest's hash."""
+    path = f"{folder}/{MANIFEST}".lstrip("/")
+    try:
+        data = storage.read(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{storage.at(folder)}: no {MANIFEST} there, so no artifact; check the path") from error
+    if storage.is_local:
+        return Path(storage.at(folder))
+    manifest = read_manifest(data, storage.at(path))
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    cache = Path(search.cache_dir or f"{caches}/vecmill").expanduser()
+    target = cache / sha256(data)[:32]
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        _copy(storage, folder, manifest, data, target)
+    return target
+
+
+def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, data: bytes, target: Path) -> None:
+    copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
+    try:
+        for name in manifest.files:
+            storage.fetch(f"{folder}/{name}".lstrip("/"), copy / name)
+        (copy / MANIFEST).write_bytes(data)
+        verify(Storage(str(copy)), "")
+        copy.replace(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process was faster with the same artifact
+            raise StorageError(f"{target}: cannot be written, {error}; set search.cache_dir") from error
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def query_spec(opened: Opened, config: Config | None) -> EncoderSpec:
+    """The spec for encoding queries; a query prompt in the config wins over the artifact's."""
+    prompt = config.encoder.query_prompt if config else None
+    return opened.spec if prompt is None else replace(opened.spec, query_prompt=prompt)

@@ -1,0 +1,127 @@
+"""The dry run: what a reindex would read, make, take and cost. Counts are exact, sizes estimated from a sample.
+
+Nothing is written. Estimates say what they were made from.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from pipeline import index, layout
+from pipeline.corpus import RejectedRow, SourceDocument, read_documents
+from pipeline.errors import DataError
+from pipeline.formats import Slice, count_rows
+from pipeline.job import Job
+from pipeline.model import TextTokenizer
+from pipeline.passages import KEY_BYTES, Splitter
+from pipeline.snapshot import IngestUnit, identify_files, plan_units
+
+SAMPLE_DOCUMENTS = 2000
+SAMPLE_SLICES = 32
+CALIBRATION_PASSAGES = 96
+LIST_ENTRY_BYTES = 8
+"""FAISS keeps an int64 id beside each code."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a reindex would do. ``*_bytes`` are bytes, ``encode_s`` seconds on this machine with one encoder."""
+
+    files: int
+    input_bytes: int
+    formats: tuple[str, ...]
+    units: int
+    units_done: int
+    documents: int
+    sampled_documents: int
+    sampled_rejected: int
+    passages: int
+    tokens: int
+    truncated_documents: int
+    embedding_bytes: int
+    artifact_bytes: int
+    index: index.IndexPlan
+    index_bytes: int
+    merge_memory_bytes: int
+    search_memory_bytes: int
+    tokens_per_s: float
+    encode_s: float
+    encoder: str
+    dim: int
+
+
+def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
+    """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second."""
+    files = identify_files(job.config)
+    units = plan_units(files, job.config, job.spec.space)
+    slices = [part for unit in units for part in unit.slices]
+    rows = sum(count_rows(part, job.config.store) for part in slices)
+    sample, rejected = _sample(slices, job)
+    if not sample:
+        raise DataError(f"{job.config.corpus.uri}: none of {rejected} sampled rows can be used; run vecmill ingest to see why")
+    documents = round(rows * len(sample) / (len(sample) + rejected))
+    splitter = Splitter(TextTokenizer(job.model, job.spec.max_tokens), job.config.passages, job.spec.document_prompt)
+    split = splitter([document.text for document in sample])
+    factor = documents / len(sample)
+    passages = round(factor * sum(len(each) for each in split))
+    tokens = round(factor * sum(passage.tokens for each in split for passage in each))
+    text_bytes = factor * sum(len(passage.text.encode()) for each in split for passage in each)
+    texts = [each[0].text for each in split]
+    rate = calibrate(
+        [texts[number] for number in np.linspace(0, len(texts) - 1, min(len(texts), CALIBRATION_PASSAGES)).astype(int)]
+    )
+    plan = index.choose(job.config.index, passages, job.spec.dim)
+    sizes = _sizes(plan, passages, job.spec.dim, text_bytes)
+    return Plan(
+        files=len(files),
+        input_bytes=sum(file.size_bytes for file, _ in files),
+        formats=tuple(sorted({kind for _, kind in files})),
+        units=len(units),
+        units_done=sum(_is_done(job, unit) for unit in units),
+        documents=documents,
+        sampled_documents=len(sample),
+        sampled_rejected=rejected,
+        passages=passages,
+        tokens=tokens,
+        truncated_documents=round(factor * sum(any(passage.truncated for passage in each) for each in split)),
+        index=plan,
+        tokens_per_s=rate,
+        encode_s=tokens / rate,
+        encoder=f"{job.spec.model}, {job.spec.precision}",
+        dim=job.spec.dim,
+        **sizes,
+    )
+
+
+def _sizes(plan: index.IndexPlan, passages: int, dim: int, text_bytes: float) -> dict[str, int]:
+    vectors = 2 * dim * passages
+    if plan.kind == "flat":
+        index_bytes = 4 * dim * passages
+    else:
+        index_bytes = passages * (plan.m * plan.nbits // 8 + LIST_ENTRY_BYTES) + plan.nlist * dim * 4 + (dim * 4 << plan.nbits)
+    keys_and_ordinals = (KEY_BYTES + 8 + 1) * passages
+    return {
+        "embedding_bytes": vectors + KEY_BYTES * passages,
+        "artifact_bytes": round(vectors + index_bytes + 0.4 * text_bytes),  # zstd keeps about 40 % of English text
+        "index_bytes": index_bytes,
+        "merge_memory_bytes": index_bytes + keys_and_ordinals,
+        "search_memory_bytes": index_bytes,
+    }
+
+
+def _sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], int]:
+    """Documents spread over slices, every tenth row from the beginning of each; and the rejected rows among them."""
+    chosen = [slices[int(number)] for number in np.unique(np.linspace(0, len(slices) - 1, SAMPLE_SLICES).astype(int))]
+    each = -(-SAMPLE_DOCUMENTS // len(chosen))
+    rows: list[SourceDocument | RejectedRow] = []
+    for part in chosen:
+        first = list(islice(read_documents(part, job.config.corpus, job.config.store), 10 * each))
+        rows += first[:: max(1, len(first) // each)][:each]
+    documents = [row for row in rows if isinstance(row, SourceDocument)]
+    return documents, len(rows) - len(documents)
+
+
+def _is_done(job: Job, unit: IngestUnit) -> bool:
+    return job.storage.exists(f"{layout.PASSAGES}/{unit.name}.json")
