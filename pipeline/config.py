@@ -21,7 +21,7 @@ MAX_CONFIG_BYTES = 1 << 20
 class Section(BaseModel):
     """A part of the config: immutable, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class CorpusConfig(Section):
@@ -51,7 +51,9 @@ class PassagesConfig(Section):
     long: Literal["split", "truncate"] = Field(
         "split", description="Documents over the model's limit: token windows, or only their beginning is encoded"
     )
-    overlap: int = Field(32, ge=0, description="Tokens that neighbouring windows share")
+    overlap: int | None = Field(
+        None, ge=0, description="Tokens that neighbouring windows share; default: 32, at most a quarter of a window"
+    )
 
 
 class EncoderConfig(Section):
@@ -169,7 +171,7 @@ class Config(Section):
 
 
 def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply ``a.b=value`` overrides (values are YAML), validate.
+    """Read YAML, apply ``a.b=value`` overrides, validate.
 
     Relative local paths are left as they are: they count from the working directory.
     Raises ConfigError naming the file and the key.
@@ -204,15 +206,22 @@ def _apply(data: dict[str, Any], override: str) -> None:
     keys = name.strip().split(".")
     if not separator or not all(keys):
         raise ConfigError(f"--set {override}: expected a.b=value")
-    try:
-        parsed = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    parsed = _override_value(value, override)
     for key in keys[:-1]:
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {key} is not a section")
     data[keys[-1]] = parsed
+
+
+def _override_value(value: str, override: str) -> Any:
+    """A YAML number, truth value, null, list or quoted text; anything else is text as it stands (``query: `` too)."""
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    as_written = isinstance(parsed, str | dict) and not value.lstrip().startswith(("{", '"', "'"))
+    return value if as_written or not value else parsed
 
 
 def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:

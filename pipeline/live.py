@@ -58,7 +58,7 @@ def _config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
         raise ConfigError(
             f"{config.root}: artifact {manifest.version} was made with {manifest.encoder['model']}, max_tokens "
             f"{manifest.encoder['max_tokens']}, prompt {manifest.encoder['document_prompt']!r}; the config's encoder "
-            f"({spec.model}, {spec.max_tokens}, {spec.document_prompt!r}) is another one; run vecmill reindex or mend the config"
+            f"({spec.model}, {spec.max_tokens}, {spec.document_prompt!r}) is another; run vecmill reindex or mend the config"
         )
     return spec
 

@@ -258,7 +258,7 @@ def _dim(path: Path, modules: list[dict[str, str]]) -> int:
             return int(width) * max(1, poolings, len(modes) if isinstance(modes, list) else 1)
         if "StaticEmbedding" in module["type"]:
             with safe_open(path / module["path"] / "model.safetensors", framework="numpy") as weights:
-                name = next(iter(weights.keys() & {"embedding.weight", "embeddings"}))
+                name = next(iter(set(weights.keys()) & {"embedding.weight", "embeddings"}))
                 return int(weights.get_slice(name).get_shape()[1])
     raise EncoderError(f"{path}: no module states the dimension of its vectors; save the model with model.save()")
 

@@ -18,6 +18,7 @@ KEY_BYTES = 16
 SEGMENT_CHARS = 1 << 16
 """Longer texts are tokenized in segments of about this size, so that memory does not follow the document."""
 MIN_ROOM = 8
+DEFAULT_OVERLAP = 32
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Splitter:
         self._tokenizer = tokenizer
         self._prompt = document_prompt
         self._long = passages.long
-        self._overlap = passages.overlap
         prompt_tokens = max(0, tokenizer.prompt_tokens(document_prompt) - (tokenizer.special_tokens + 1) // 2)
         self._room = tokenizer.max_tokens - tokenizer.special_tokens - prompt_tokens
         if self._room < MIN_ROOM:
             raise ConfigError(
                 f"encoder.document_prompt: leaves {self._room} tokens for the text; shorten it or raise encoder.max_tokens"
             )
-        if self._overlap > self._room // 2:
+        self._overlap = min(DEFAULT_OVERLAP, self._room // 4) if passages.overlap is None else passages.overlap
+        if self._long == "split" and self._overlap > self._room // 2:
             raise ConfigError(
                 f"passages.overlap: {self._overlap} is over half of the {self._room} tokens of a window; lower it"
             )

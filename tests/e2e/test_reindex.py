@@ -1,0 +1,321 @@
+"""The whole job with real Ray, real Parquet, the real model and real FAISS, on local files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.demo_corpus import docstrings
+from pipeline import artifact, layout
+from pipeline.encoder import load_query_encoder
+from pipeline.errors import ConfigError, DataError, VerificationError
+from pipeline.live import open_live, open_uri
+from pipeline.log import Log
+from pipeline.run import embed_only, ingest_only, reindex
+from pipeline.storage import Storage
+from tests.conftest import make_config, sentences, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def encode(opened, texts):
+    return load_query_encoder(opened.spec).encode_queries(texts)
+
+
+def search(config, text, k=5):
+    opened = open_live(config)
+    return opened.searcher.search(encode(opened, [text]), k)[0]
+
+
+def commits(config):
+    return [entry for entry in Log(Storage(config.root)).refresh().entries if entry.kind == "commit"]
+
+
+def files_below(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def real_rows():
+    """1,200 real docstrings."""
+    return [
+        {"id": row["id"], "text": row["text"], "kind": row["kind"]} for row, _ in zip(docstrings(), range(1200), strict=False)
+    ]
+
+
+def test_artifact_is_complete_and_opens_with_plain_faiss(tmp_path, real_rows):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", real_rows)
+    config = make_config(tmp_path / "root", tmp_path / "corpus", corpus={"metadata": ["kind"]})
+    outcome = reindex(config)
+    assert outcome.committed
+    assert outcome.encoded == outcome.live.counts["passages"] >= 1200
+    folder = tmp_path / "root" / layout.artifact(outcome.live.version)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "documents.parquet",
+        "index.faiss",
+        "manifest.json",
+        "vectors.f16",
+    ]
+    index = faiss.read_index(str(folder / "index.faiss"))
+    vectors = np.fromfile(folder / "vectors.f16", dtype="<f2").reshape(index.ntotal, -1)
+    documents = pq.read_table(folder / "documents.parquet").to_pylist()
+    texts = {row["id"]: row["text"] for row in real_rows}
+    for row in documents[::97]:
+        assert texts[row["doc_id"]][row["start"] : row["end"]] == row["text"]
+        assert real_rows[row["source_row"]]["id"] == row["doc_id"]
+        assert json.loads(row["metadata"])["kind"] in {"module", "class", "function"}
+    opened = open_live(config)
+    own = encode(opened, [row["text"] for row in documents[:20]])
+    assert ((own * vectors[[row["ordinal"] for row in documents[:20]]].astype(np.float32)).sum(axis=1) > 0.999).all()
+    assert index.search(own, 1)[1][:, 0].tolist() == [row["ordinal"] for row in documents[:20]]
+
+
+def test_second_run_does_nothing(tmp_path, real_rows):
+    write_jsonl(tmp_path / "a.jsonl", real_rows[:400])
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "ivfpq", "nlist": 4, "m": 32, "nbits": 8})
+    first = reindex(config)
+    assert (first.committed, first.trained, first.index_shards) == (True, True, 1)
+    before = files_below(tmp_path / "root")
+    second = reindex(config)
+    assert (second.encoded, second.trained, second.index_shards, second.built, second.committed) == (0, False, 0, None, False)
+    assert len(commits(config)) == 1
+    after = files_below(tmp_path / "root")
+    new = {path.parts[len(tmp_path.parts) + 1] for path in after.keys() - before.keys()}
+    assert new <= {"log", "beats"}
+    assert all(after[path] == stamp for path, stamp in before.items())
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+def test_change_add_delete_in_a_renamed_file_encodes_two(tmp_path, real_rows, kind):
+    rows = [dict(row) for row in real_rows if len(row["text"]) < 600][:500]
+    write_jsonl(tmp_path / "corpus" / "monday.jsonl", rows)
+    config = make_config(tmp_path / "root", tmp_path / "corpus", index={"kind": kind, "m": 32})
+    first = reindex(config)
+    assert first.encoded == first.live.counts["passages"]
+
+    deleted, changed = rows[7], rows[40]
+    edited = [row for row in rows if row is not deleted]
+    edited[edited.index(changed)] = changed | {"text": "A page about volcanic islands in the southern ocean."}
+    edited.insert(100, {"id": "new", "text": "How to bake rye bread with caraway seeds.", "kind": "function"})
+    (tmp_path / "corpus" / "monday.jsonl").unlink()
+    write_jsonl(tmp_path / "corpus" / "tuesday.jsonl", edited)
+
+    second = reindex(config)
+    assert second.encoded == 2
+    assert not second.trained
+    assert second.live.index.trained == first.live.index.trained
+    assert search(config, "volcanic islands", 1)[0].doc_id == changed["id"]
+    assert search(config, "rye bread", 1)[0].doc_id == "new"
+    assert deleted["id"] not in {hit.doc_id for hit in search(config, deleted["text"], 10)}
+    assert all(deleted["text"] != hit.text for hit in search(config, deleted["text"], 10))
+
+    scratch = make_config(tmp_path / "scratch", tmp_path / "corpus", index={"kind": kind, "m": 32})
+    for folder in ("trained", "log", "artifacts"):
+        shutil.copytree(tmp_path / "root" / folder, tmp_path / "scratch" / folder)
+    for entry in sorted((tmp_path / "scratch" / "log").iterdir())[3:]:
+        entry.unlink()
+    fresh = reindex(scratch)
+    assert (fresh.encoded, fresh.trained) == (fresh.live.counts["passages"], False)
+    assert_equal_answers(config, scratch, exact=kind == "flat")
+
+
+def assert_equal_answers(config, other, *, exact):
+    """DESIGN's equal answers: ordinals, documents and counts exactly, neighbours where their gap exceeds 1e-3."""
+    one, two = open_live(config), open_live(other)
+    folders = [Path(each.root) / layout.artifact(opened.manifest.version) for each, opened in ((config, one), (other, two))]
+    tables = [pq.read_table(folder / "documents.parquet").drop_columns(["source_uri", "source_row"]) for folder in folders]
+    assert tables[0].equals(tables[1])
+    assert {key: one.manifest.counts[key] for key in ("documents", "passages", "rejected")} == {
+        key: two.manifest.counts[key] for key in ("documents", "passages", "rejected")
+    }
+    queries = one.searcher.vectors[::3].astype(np.float32)
+    point = one.manifest.evaluation.point
+    scores, ordinals = one.searcher.neighbours(queries, 11)
+    _, other_ordinals = two.searcher.neighbours(queries, 11, nprobe=point.nprobe, rescoring=point.rescore)
+    clear = (scores[:, :10] - scores[:, 1:]) > 1e-3
+    assert clear.sum() > 500
+    same = (ordinals[:, :10] == other_ordinals[:, :10])[clear].mean()
+    assert same >= (0.999 if exact else 0.99)
+
+
+def test_equal_texts_are_encoded_once_and_all_documents_returned(tmp_path):
+    rows = sentences(30) + [{"id": f"copy{n}", "text": sentences(1)[0]["text"]} for n in range(4)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    outcome = reindex(config)
+    assert (outcome.encoded, outcome.live.counts["document_rows"]) == (30, 34)
+    hits = search(config, rows[0]["text"], 6)
+    assert [hit.doc_id for hit in hits[:5]] == ["copy0", "copy1", "copy2", "copy3", "d0"]
+    assert len({hit.score for hit in hits[:5]}) == 1
+    assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
+    assert [hit.doc_id for hit in search(config, rows[0]["text"], 3)] == ["copy0", "copy1", "copy2"]
+
+
+@pytest.mark.parametrize("count", [1, 10, 300])
+@pytest.mark.parametrize("kind", ["auto", "ivfpq"])
+def test_tiny_corpora_work_and_say_so(tmp_path, count, kind):
+    write_jsonl(tmp_path / "a.jsonl", sentences(count))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": kind})
+    outcome = reindex(config)
+    chosen = outcome.live.index
+    assert chosen.kind == ("ivfpq" if kind == "ivfpq" and count == 300 else "flat")
+    assert str(count) in chosen.why
+    assert outcome.live.evaluation.gated == (count >= 100)
+    hits = search(config, sentences(count)[-1]["text"], 10)
+    assert hits[0].doc_id == f"d{count - 1}"
+    assert len(hits) == min(10, count)
+
+
+def test_encoder_changes_never_mix_vectors(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(20))
+    stores = set()
+    for change in ({}, {"document_prompt": "passage: "}, {"max_tokens": 16}, {"precision": "fp32"}, {"precision": "bf16"}):
+        if change == {"precision": "bf16"} and load_query_encoder is None:
+            continue
+        config = make_config(tmp_path / "root", tmp_path / "a.jsonl", encoder=change)
+        outcome = reindex(config)
+        fingerprint = outcome.live.encoder["fingerprint"]
+        assert outcome.encoded == (0 if fingerprint in stores else 20), change
+        stores.add(fingerprint)
+    assert {path.name for path in (tmp_path / "root" / "embeddings").iterdir()} == stores
+    assert len(stores) >= 4
+    with pytest.raises(ConfigError, match="is another; run vecmill reindex"):
+        open_live(make_config(tmp_path / "root", tmp_path / "a.jsonl", encoder={"document_prompt": "other: "}))
+
+
+def test_artifact_is_relocatable(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(40))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    version = reindex(config).live.version
+    shutil.copytree(tmp_path / "root" / layout.artifact(version), tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "root")
+    opened = open_uri(str(tmp_path / "elsewhere"))
+    assert artifact.verify(Storage(str(tmp_path / "elsewhere")), "").version == version
+    assert opened.searcher.search(encode(opened, [sentences(40)[3]["text"]]), 1)[0][0].doc_id == "d3"
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(300))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "ivfpq"})
+    folder = tmp_path / "root" / layout.artifact(reindex(config).live.version)
+    storage = Storage(str(folder))
+    artifact.verify(storage, "")
+    rng = np.random.default_rng(0)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for place in {0, len(whole) - 2, *rng.integers(0, len(whole) - 1, 40).tolist()}:
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            file.write_bytes(damaged)
+            with pytest.raises(VerificationError, match=file.name):
+                artifact.verify(storage, "")
+        file.write_bytes(whole)
+    (folder / "extra").write_text("x")
+    with pytest.raises(VerificationError, match="extra: not in the manifest"):
+        artifact.verify(storage, "")
+    (folder / "extra").unlink()
+    (folder / "vectors.f16").unlink()
+    with pytest.raises(VerificationError, match=r"vectors\.f16: missing"):
+        artifact.verify(storage, "")
+
+
+def test_long_documents_are_split_or_truncated(tmp_path):
+    long = " ".join(f"Sentence {n} tells of the {['sea', 'hill', 'wood'][n % 3]}." for n in range(300))
+    rows = [{"id": "long", "text": long + " At last the needle in the haystack appears."}, *sentences(5)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    outcome = reindex(config)
+    assert (outcome.snapshot.counts["split"], outcome.snapshot.counts["truncated"]) == (1, 0)
+    hit = search(config, "needle in a haystack", 1)[0]
+    assert (hit.doc_id, rows[0]["text"][hit.start : hit.end]) == ("long", hit.text)
+    assert hit.passage > 0
+    assert len(search(config, "sea hill wood", 6)) == 6
+
+    cut = make_config(tmp_path / "root2", tmp_path / "a.jsonl", passages={"long": "truncate"})
+    counts = reindex(cut).snapshot.counts
+    assert (counts["passages"], counts["split"], counts["truncated"]) == (6, 0, 1)
+
+
+def test_bad_rows_go_to_the_quarantine_up_to_the_ceiling(tmp_path):
+    rows = sentences(50) + [{"id": f"bad{n}", "text": None} for n in range(11)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="11 of 61 rows rejected, the ceiling is 10"):
+        reindex(config)
+    assert commits(config) == []
+    outcome = reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", corpus={"max_bad_fraction": 0.2}))
+    counts = outcome.snapshot.counts
+    assert (counts["rows"], counts["documents"], counts["rejected"]) == (61, 50, 11)
+    (quarantine,) = (tmp_path / "root" / "passages").glob("*.rejected-*.parquet")
+    rejected = pq.read_table(quarantine).to_pylist()
+    assert {(row["code"], row["doc_id"]) for row in rejected} == {("E_NULL_TEXT", f"bad{n}") for n in range(11)}
+    assert [row["source_row"] for row in rejected] == list(range(50, 61))
+
+
+def test_broken_file_stops_the_run_by_name(tmp_path):
+    write_jsonl(tmp_path / "c" / "a.jsonl", sentences(5))
+    (tmp_path / "c" / "b.jsonl.gz").write_bytes(b"not gzip at all")
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: E_COMPRESSION"):
+        reindex(make_config(tmp_path / "root", tmp_path / "c"))
+
+
+def test_gate_keeps_the_old_artifact_live(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(500))
+    index = {"kind": "ivfpq", "nlist": 12, "m": 8, "nbits": 4, "target_recall": 0.01}
+    settings = {"index": index, "search": {"nprobe": 1, "rescore": 0}}
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", **settings)
+    first = reindex(config)
+    assert first.live.evaluation.recall < 0.95
+    write_jsonl(tmp_path / "a.jsonl", sentences(520))
+    gated = make_config(tmp_path / "root", tmp_path / "a.jsonl", publish={"min_recall": 0.99}, **settings)
+    with pytest.raises(VerificationError, match=r"publish\.min_recall is 0\.99") as error:
+        reindex(gated)
+    assert error.value.exit_code == 5
+    assert open_live(config).manifest.version == first.live.version
+
+
+def test_limit_and_no_publish_do_not_replace_what_is_live(tmp_path):
+    write_jsonl(tmp_path / "c" / "a.jsonl", sentences(30))
+    write_jsonl(tmp_path / "c" / "b.jsonl", sentences(30, start=30))
+    config = make_config(tmp_path / "root", tmp_path / "c")
+    slice_ = reindex(config, limit=40)
+    assert (slice_.snapshot.counts["documents"], slice_.committed) == (40, True)
+    built = reindex(config, go_live=False)
+    assert (built.committed, built.encoded, built.live.version) == (False, 20, slice_.live.version)
+    whole = reindex(config)
+    assert (whole.committed, whole.encoded) == (True, 0)
+    again = reindex(config, limit=10)
+    assert not again.committed
+    assert again.live.version == whole.live.version
+
+
+def test_parts_of_the_job_add_up(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(25))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    assert ingest_only(config).counts["documents"] == 25
+    with pytest.raises(VerificationError, match="25 of 25 passages have no vector; run embed"):
+        reindex(config, encode=False)
+    assert embed_only(config) == 25
+    outcome = reindex(config, encode=False)
+    assert (outcome.encoded, outcome.committed) == (0, True)
+
+
+def test_text_files_parquet_and_csv_end_to_end(tmp_path):
+    import pyarrow as pa
+
+    rows = sentences(12)
+    for row in rows:
+        (tmp_path / "text" / "sub").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / "sub" / f"{row['id']}.txt").write_text(row["text"])
+    table = pa.table({"key": [row["id"] for row in rows], "body": [row["text"] for row in rows]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    (tmp_path / "a.csv").write_text("key,body\n" + "".join(f"{row['id']},{row['text']}\n" for row in rows))
+    columns = {"id": "key", "text": "body"}
+    for name, corpus, expected in (("text", {}, "sub/d4.txt"), ("a.parquet", columns, "d4"), ("a.csv", columns, "d4")):
+        config = make_config(tmp_path / f"root-{name}", tmp_path / name, corpus=corpus)
+        assert reindex(config).live.counts["documents"] == 12
+        assert search(config, rows[4]["text"], 1)[0].doc_id == expected

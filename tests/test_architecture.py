@@ -1,0 +1,115 @@
+"""The rules of the house that a machine can see."""
+
+import ast
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).parent.parent
+SOURCES = sorted([*(HOME / "pipeline").rglob("*.py"), *(HOME / "jobs").rglob("*.py")])
+DOORS = {
+    "ray": {"stages"},
+    "faiss": {"index"},
+    "torch": {"encoder"},
+    "sentence_transformers": {"encoder"},
+    "transformers": {"encoder"},
+    "tokenizers": {"model"},
+    "fsspec": {"storage"},
+    "ir_measures": {"evaluation"},
+    "yaml": {"config"},
+}
+ENCODER_NEEDS = {"pipeline.encoder", "pipeline.model", "pipeline.errors", "pipeline.fingerprint"}
+
+
+def imports(file: Path, *, top_level: bool = False) -> set[str]:
+    tree = ast.parse(file.read_text())
+    found: set[str] = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def room(file: Path) -> str:
+    parts = file.relative_to(HOME).with_suffix("").parts
+    return parts[1] if parts[0] == "pipeline" else parts[0]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(HOME)))
+def test_heavy_libraries_have_one_door(file: Path) -> None:
+    for name in imports(file):
+        library = name.partition(".")[0]
+        if library in DOORS:
+            assert room(file) in DOORS[library], f"{file}: {library} is imported outside {DOORS[library]}"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(HOME)))
+def test_imports_point_down(file: Path) -> None:
+    names = imports(file)
+    if room(file) != "jobs":
+        assert not any(name.startswith("jobs") for name in names)
+    if room(file) not in {"jobs", "run"}:
+        assert "pipeline.run" not in names
+    if room(file) not in {"jobs", "run", "stages"}:
+        assert not any(name.startswith("pipeline.stages") for name in names)
+
+
+def test_imports_have_no_cycle() -> None:
+    modules = {".".join(file.relative_to(HOME).with_suffix("").parts).removesuffix(".__init__"): file for file in SOURCES}
+    graph = {name: imports(file, top_level=True) & modules.keys() - {name} for name, file in modules.items()}
+    graph = {name: {target for target in targets if target != "pipeline"} for name, targets in graph.items()}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = {name for name, targets in graph.items() if name not in done and targets <= done}
+        assert ready, f"cycle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+def test_encoder_runs_alone() -> None:
+    seen, todo = set(), {"pipeline.encoder"}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        file = HOME / (name.replace(".", "/") + ".py")
+        todo |= {
+            found
+            for found in imports(file)
+            if found.startswith("pipeline.") and (HOME / (found.replace(".", "/") + ".py")).is_file()
+        } - seen
+    assert seen == ENCODER_NEEDS
+
+
+def test_package_init_imports_nothing() -> None:
+    assert imports(HOME / "pipeline" / "__init__.py") == set()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(HOME)))
+def test_rooms_stay_small(file: Path) -> None:
+    text = file.read_text()
+    assert text.count("\n") <= 300
+    assert file.stem not in {"utils", "helpers", "common", "misc", "base"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= 60, f"{node.name} is too long"
+
+
+def test_import_names_belong_to_vecmill_alone() -> None:
+    owners = importlib.metadata.packages_distributions()
+    for name in ("pipeline", "jobs"):
+        assert {owner.lower() for owner in owners.get(name, ["vecmill"])} == {"vecmill"}
+
+
+def test_no_pickle_and_no_eval() -> None:
+    for file in SOURCES:
+        names = imports(file)
+        assert not names & {"pickle", "cloudpickle", "dill", "joblib"}, file
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"eval", "exec"}, file

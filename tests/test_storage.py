@@ -1,0 +1,113 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.storage import Storage, content_hash, list_files, uri_scheme
+
+NAMES = ["plain", "with space", "per%cent", "hash#tag", "question?", "ünïcode", "a+b=c&d", "quote'\""]
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request, tmp_path):
+    if request.param == "local":
+        return Storage(str(tmp_path / "root"))
+    server = request.getfixturevalue("s3")
+    return Storage(f"s3://test/storage-{tmp_path.name}", server.store_config)
+
+
+def test_put_read_list_and_replace(storage):
+    assert storage.list("a") == []
+    storage.put("a/x.json", b"one")
+    storage.put("a/x.json", b"two")
+    storage.put("a/y.json", b"three")
+    assert storage.read("a/x.json") == b"two"
+    assert storage.list("a") == ["a/x.json", "a/y.json"]
+    assert storage.exists("a/x.json")
+    assert not storage.exists("a/z.json")
+    with storage.open("a/y.json") as file:
+        file.seek(2)
+        assert file.read() == b"ree"
+    with pytest.raises(FileNotFoundError, match=r"a/z\.json: not found"):
+        storage.read("a/z.json")
+
+
+def test_create_lets_exactly_one_of_many_writers_win(storage):
+    def create(number: int) -> bool:
+        return storage.create("log/0", f"writer {number}".encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert won.count(True) == 1
+    assert storage.read("log/0") == f"writer {won.index(True)}".encode()
+    assert not storage.create("log/0", b"late")
+
+
+def test_create_refuses_empty_objects(storage):
+    with pytest.raises(ValueError, match="empty"):
+        storage.create("x", b"")
+
+
+def test_adopt_moves_a_local_file(storage, tmp_path):
+    file = tmp_path / "made"
+    file.write_bytes(b"x" * 100_000)
+    storage.adopt("folder/kept", file)
+    assert not file.exists()
+    assert storage.read("folder/kept") == b"x" * 100_000
+    storage.fetch("folder/kept", tmp_path / "copy")
+    assert (tmp_path / "copy").stat().st_size == 100_000
+
+
+def test_local_writes_leave_no_temporary_files(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.put("a", b"1")
+    storage.create("b", b"2")
+    storage.create("b", b"3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_survive_the_round_trip(storage, name):
+    storage.put(f"in/{name}.txt", b"content")
+    assert storage.list("in") == [f"in/{name}.txt"]
+    files = list_files(storage.at("in"), storage._store)
+    assert [file.uri for file in files] == [storage.at(f"in/{name}.txt")]
+    folder, _, base = files[0].uri.rpartition("/")
+    assert Storage(folder, storage._store).read(base) == b"content"
+
+
+def test_list_files_leaves_hidden_files_out_and_takes_files_and_globs(storage):
+    for path in ("c/a.txt", "c/deep/b.txt", "c/_SUCCESS", "c/.a.crc", "c/_temporary/x.txt"):
+        storage.put(path, b"x")
+    found = [file.uri.removeprefix(storage.uri) for file in list_files(storage.at("c"), storage._store)]
+    assert found == ["/c/a.txt", "/c/deep/b.txt"]
+    assert len(list_files(storage.at("c/*.txt"), storage._store)) == 1
+    assert len(list_files(storage.at("c/deep/b.txt"), storage._store)) == 1
+
+
+def test_content_hash_follows_content(storage):
+    storage.put("f", b"one")
+    first = content_hash(list_files(storage.at("f"), storage._store)[0])
+    storage.put("f", b"one")
+    assert content_hash(list_files(storage.at("f"), storage._store)[0]) == first
+    storage.put("f", b"two")
+    assert content_hash(list_files(storage.at("f"), storage._store)[0]) != first
+
+
+def test_nothing_there_names_the_nearest_folder(tmp_path):
+    with pytest.raises(ConfigError, match=f"nearest folder that exists is {tmp_path}"):
+        list_files(str(tmp_path / "nope" / "deeper"), Storage(str(tmp_path))._store)
+
+
+@pytest.mark.parametrize("uri", ["ssh://host/x", "simplecache::s3://b/x", "http://x/y", "github://a/b"])
+def test_other_schemes_are_refused(uri):
+    with pytest.raises(ConfigError, match="not supported"):
+        uri_scheme(uri)
+
+
+def test_wrong_credentials_are_one_clear_error(s3):
+    store = s3.store_config.model_copy(
+        update={"s3": s3.store_config.s3.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})}
+    )
+    with pytest.raises(StorageError, match="s3://test/x/a: cannot write it"):
+        Storage("s3://test/x", store).put("a", b"1")
