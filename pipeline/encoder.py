@@ -61,6 +61,8 @@ class Encoder:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._batch_tokens = batch_tokens or (CUDA_BATCH_TOKENS if self._device.type == "cuda" else CPU_BATCH_TOKENS)
         self._model = _load(str(folder.path), self._device)
+        if not self.tokenizer.is_static:
+            self._model.max_seq_length = spec.max_tokens
         self._check_tokenizer()
         self._first, *self._rest = list(self._model.children())
         self._first.to(DTYPES[spec.precision])
@@ -123,7 +125,7 @@ class Encoder:
         theirs = self._model.preprocess([PROBE])["input_ids"][0].tolist()
         self._pad_id = int(self._model.tokenizer.pad_token_id or 0)
         ours = self.tokenizer([PROBE])[0]
-        if ours != theirs[: len(ours)]:
+        if ours != theirs:
             raise EncoderError(
                 f"{self.spec.model}: tokenizer.json gives other ids than the model's tokenizer class; save the model again"
             )

@@ -167,7 +167,7 @@ def evaluate(job: Job, merged: MergeRecord, trained: TrainedManifest, live: Keys
         opened = index.read(folder / INDEX, dim=trained.dim, ntotal=len(vectors))
         queries, own = _queries(job, vectors, live)
         k = min(settings.k, len(vectors) - (own is not None))
-        truth = recall.ground_truth(vectors, queries, own, max(k, 0))
+        truth = recall.ground_truth(vectors, queries, own, max(k, 1))
 
         def search(queries: recall.Matrix, k: int, nprobe: int, rescoring: int) -> tuple[recall.Matrix, recall.Ordinals]:
             return search_vectors(opened, vectors, queries, k, nprobe=nprobe, rescoring=rescoring)
@@ -247,7 +247,8 @@ def _queries(job: Job, vectors: recall.Vectors, live: Keys) -> tuple[recall.Matr
     settings = job.config.evaluation
     if settings.queries is None:
         own = recall.held_out(live, settings.sample, job.config.index.seed)
-        return vectors[own].astype(np.float32), own if len(live) > 1 else own[:0]
+        own = own if len(live) > 1 else own[:0]  # one passage has no neighbours to find
+        return vectors[own].astype(np.float32), own
     from pipeline.evaluation import encode_queries
 
     encoded = encode_queries(job.spec, settings.queries, job.config.store)

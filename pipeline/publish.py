@@ -69,10 +69,18 @@ def write_manifest(
         config=job.config.model_dump(mode="json", exclude={"store": {"s3"}}),
         versions=_versions(),
     ).sealed()
-    path = f"{layout.artifact(merged.version)}/{MANIFEST}"
-    if not job.storage.create(path, to_bytes(manifest)):
-        raise VerificationError(f"{job.storage.at(path)}: already there, an artifact is never overwritten; run again")
+    if not job.storage.create(f"{layout.artifact(merged.version)}/{MANIFEST}", to_bytes(manifest)):
+        check_unused(job.storage, merged.version)
     return manifest
+
+
+def check_unused(storage: Storage, version: str) -> None:
+    """Raise VerificationError when there is an artifact of this version: published files are never touched again."""
+    path = f"{layout.artifact(version)}/{MANIFEST}"
+    if storage.exists(path):
+        raise VerificationError(
+            f"{storage.at(path)}: already there, but the log does not know its epoch; restore log/ of this root"
+        )
 
 
 def check_gate(manifest: ArtifactManifest, min_recall: float) -> None:

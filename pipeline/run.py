@@ -59,6 +59,7 @@ def reindex(
 def build(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
     """Merge and evaluate under a version that no other writer can have: its epoch is in the name."""
     version = f"{lease.epoch:06d}-{publish.content_name(snapshot, trained, job.spec.fingerprint)[:12]}"
+    publish.check_unused(job.storage, version)
     merged = stages.merge(job, snapshot, trained, version)
     evaluation = stages.evaluate(job, snapshot, trained, merged, cluster)
     return publish.write_manifest(job, snapshot, trained, merged, evaluation)

@@ -25,7 +25,7 @@ def part(number, rows):
 def test_plan_takes_each_missing_key_once(numbers, stored, size):
     parts = [(part(n, len(rows)), keys(sorted(rows))) for n, rows in enumerate(numbers)]
     units = plan_embedding(parts, np.unique(keys(stored)), size)
-    by_name = dict((file.name, part_keys) for file, part_keys in parts)
+    by_name = {file.name: part_keys for file, part_keys in parts}
     taken = []
     for unit in units:
         picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]

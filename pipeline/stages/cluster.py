@@ -62,7 +62,9 @@ def connected(compute: ComputeConfig) -> Iterator[Cluster]:
     if started:
         _start(compute.address, quiet)
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # Ray's own wrapper loses the cause when it is pickled
         yield _measure(compute)
     finally:
         if started:
@@ -102,7 +104,7 @@ def own_error(error: BaseException) -> BaseException:
     while seen is not None:
         if isinstance(seen, VecmillError) and isinstance(seen, ray.exceptions.RayTaskError):
             kind = next(kind for kind in type(seen).__mro__ if kind.__module__ == VecmillError.__module__)
-            return cast(VecmillError, kind(str(getattr(seen, "cause", seen))))
+            return cast(VecmillError, kind(str(getattr(seen, "cause", seen)).splitlines()[0]))
         if isinstance(seen, VecmillError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__

@@ -13,6 +13,7 @@ import ray.data
 from pipeline import layout
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import EmbedUnit, TokenizedUnit, plan_embedding, put_embeddings, tokenize_unit
+from pipeline.errors import EncoderError
 from pipeline.job import Event, Job
 from pipeline.manifest import Record, SnapshotManifest, list_records
 from pipeline.model import EncoderSpec, TextTokenizer, find_model
@@ -111,12 +112,18 @@ class EncoderActor:
     def __init__(self, spec: EncoderSpec, storage: Storage, folder: str, threads: int) -> None:
         from pipeline.encoder import Encoder
 
-        self._encoder = Encoder(spec, threads=threads)
+        self._encoder: Encoder | EncoderError
+        try:
+            self._encoder = Encoder(spec, threads=threads)
+        except EncoderError as error:  # raised by the first call: Ray keeps only the text of an error in a constructor
+            self._encoder = error
         self._storage = storage
         self._folder = folder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Encode one tokenized unit, write its shard and record."""
+        if isinstance(self._encoder, EncoderError):
+            raise self._encoder
         started = time.perf_counter()
         unit = TokenizedUnit(
             row["name"],

@@ -1,0 +1,218 @@
+"""Measures what the README states of the whole job; writes spine.json beside this file. About ten minutes on 2 cores.
+
+Speeds are ratios of medians over interleaved runs (A, B, A, B ...) with the quality of both beside them.
+SciFact is read from ../shared/data; without it those rows are left out and the script says so.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HOME = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(HOME))
+
+import faiss
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from jobs.demo_corpus import docstrings
+from pipeline import index
+from pipeline.config import IndexConfig
+from pipeline.encoder import Encoder, resolve_here
+from pipeline.evaluation import encode_queries, labelled, read_qrels
+from pipeline.live import open_live
+from pipeline.model import resolve_spec
+from pipeline.recall import exact_search, ground_truth, measure_point
+from pipeline.run import reindex
+from pipeline.searcher import search_vectors
+from tests.conftest import MINILM, SHARED_DATA, make_config
+
+ROUNDS = 3
+TEXTS = 600
+
+
+def main() -> None:
+    results: dict[str, Any] = {"machine": machine(), "encoder": encoder(), "noop": {}, "scifact": {}}
+    with tempfile.TemporaryDirectory(prefix="vmbench") as folder:
+        if (SHARED_DATA / "scifact").is_dir():
+            results["scifact"], vectors = scifact(Path(folder))
+            results["noop"] = noop(Path(folder))
+            results["training"] = training(vectors)
+        else:
+            print("SciFact is not here: its rows are left out", file=sys.stderr)
+    file = Path(__file__).with_suffix(".json")
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(file.read_text())
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+    )
+    names = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "ray", "pyarrow")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HOME, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": commit,
+    }
+
+
+def interleaved(contenders: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of each, run in turn, and what each returned last."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    returned: dict[str, Any] = {}
+    for _ in range(ROUNDS):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            returned[name] = run()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}, returned
+
+
+def encoder() -> dict[str, Any]:
+    """The bare encode loop against SentenceTransformer.encode, FP32 defaults and BF16, on real texts of mixed length."""
+    import torch
+
+    texts = [row["text"] for row in docstrings()][: 10 * TEXTS : 10]
+    precision = resolve_here("auto")
+    spec, folder = resolve_spec(model=MINILM, precision=precision)
+    ours = Encoder(spec)
+    exact = Encoder(resolve_spec(model=MINILM, precision="fp32")[0])
+    theirs = SentenceTransformer(str(folder.path), device="cpu")
+    theirs_bf16 = SentenceTransformer(str(folder.path), device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    seconds, vectors = interleaved(
+        {
+            "vecmill": lambda: ours.encode_documents(texts),
+            "vecmill fp32": lambda: exact.encode_documents(texts),
+            "sentence-transformers fp32": lambda: theirs.encode_document(texts),
+            "sentence-transformers bf16": lambda: theirs_bf16.encode_document(texts),
+        }
+    )
+    reference = vectors["sentence-transformers fp32"]
+    cosine = {
+        name: {"mean": round(float(found.mean()), 7), "min": round(float(found.min()), 7)}
+        for name, each in vectors.items()
+        if (found := (each.astype(np.float32) * reference).sum(axis=1) / np.linalg.norm(each.astype(np.float32), axis=1)).size
+    }
+    tokens = sum(len(ids) for ids in ours.tokenizer(texts))
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "precision": precision,
+        "tokens_per_s": {name: round(tokens / value) for name, value in seconds.items()},
+        "ratio_to_st_fp32": round(seconds["sentence-transformers fp32"] / seconds["vecmill"], 1),
+        "ratio_to_st_bf16": round(seconds["sentence-transformers bf16"] / seconds["vecmill"], 1),
+        "ratio_fp32_to_st_fp32": round(seconds["sentence-transformers fp32"] / seconds["vecmill fp32"], 1),
+        "cosine": cosine,
+    }
+
+
+def scifact(folder: Path) -> tuple[dict[str, Any], Any]:
+    """nDCG@10 of exact search and of both index kinds on the 300 test queries; nothing was chosen by them."""
+    data = SHARED_DATA / "scifact"
+    found: dict[str, Any] = {}
+    for kind in ("flat", "ivfpq"):
+        config = make_config(
+            folder / kind,
+            data,
+            passages={"long": "truncate"},
+            index={"kind": kind},
+            store={"embeddings": f"{folder}/embeddings"},
+        )
+        started = time.perf_counter()
+        outcome = reindex(config)
+        opened = open_live(config)
+        qrels = read_qrels(str(data / "qrels" / "test.tsv"), config.store)
+        queries = encode_queries(opened.spec, str(data / "queries.jsonl.gz"), config.store, only=qrels.keys())
+        metrics = labelled(opened.searcher, queries, qrels)
+        evaluation = outcome.live.evaluation
+        found[kind] = {
+            "exact": metrics["exact"],
+            "index": metrics["index"],
+            "recall@10": evaluation.recall,
+            "nprobe": evaluation.point.nprobe,
+            "rescore": evaluation.point.rescore,
+            "nlist": outcome.live.index.nlist,
+            "index_bytes": outcome.live.files["index.faiss"].size_bytes,
+            "encoded": outcome.encoded,
+            "reindex_s": round(time.perf_counter() - started, 1),
+        }
+        vectors = np.array(opened.searcher.vectors)
+    return found, vectors
+
+
+def noop(folder: Path) -> dict[str, Any]:
+    """A second reindex of an unchanged corpus, Ray's start included."""
+    file = folder / "noop.yaml"
+    uri, root = SHARED_DATA / "scifact", folder / "flat"
+    file.write_text(
+        f"root: {root}\ncorpus: {{uri: {uri}}}\npassages: {{long: truncate}}\nindex: {{kind: flat}}\n"
+        f"store: {{embeddings: {folder}/embeddings}}\n"
+    )
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "jobs", "reindex", "-c", str(file), "--json", "-q"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOME)
+        times.append(time.perf_counter() - started)
+        result = json.loads(done.stdout)
+        assert (result["encoded"], result["committed"]) == (0, False)
+    return {"seconds": round(statistics.median(times), 1), "encoded": 0, "committed": False}
+
+
+def training(vectors: Any) -> dict[str, Any]:
+    """PQ training with and without the polysemous step that FAISS's factory adds by default, and the recall of both."""
+    sample = vectors.astype(np.float32)
+    plan = index.choose(IndexConfig(kind="ivfpq"), len(sample), sample.shape[1])
+
+    def factory() -> Any:
+        made = faiss.index_factory(sample.shape[1], f"IVF{plan.nlist},PQ{plan.m}x{plan.nbits}", faiss.METRIC_INNER_PRODUCT)
+        made.train(sample)
+        return made
+
+    started = time.perf_counter()
+    default = factory()
+    default_s = time.perf_counter() - started
+    started = time.perf_counter()
+    ours = index.load_trained(index.train(plan, sample, seed=1234))
+    ours_s = time.perf_counter() - started
+    own = np.arange(0, len(sample), 5)
+    truth = ground_truth(vectors, sample[own], own, 10)
+    assert len(exact_search(vectors, sample[:1], 1)[1])
+    recalls = {}
+    for name, made in (("faiss default", default), ("vecmill", ours)):
+        made.add(sample)
+
+        def search(queries: Any, k: int, nprobe: int, rescoring: int, made: Any = made) -> Any:
+            return search_vectors(made, vectors, queries, k, nprobe=nprobe, rescoring=rescoring)
+
+        recalls[name] = {
+            str(rescoring): round(measure_point(search, vectors, truth, 64, rescoring)[1].mean, 4) for rescoring in (0, 10)
+        }
+    return {
+        "vectors": len(sample),
+        "nlist": plan.nlist,
+        "m": plan.m,
+        "faiss_default_s": round(default_s, 1),
+        "vecmill_s": round(ours_s, 1),
+        "ratio": round(default_s / ours_s, 1),
+        "recall@10_at_nprobe_64_by_rescore": recalls,
+    }
+
+
+if __name__ == "__main__":
+    main()

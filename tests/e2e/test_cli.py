@@ -1,0 +1,154 @@
+"""The command line as a user has it: its output, its exit codes, its signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import layout
+from pipeline.log import LogEntry
+from pipeline.manifest import to_bytes
+from pipeline.storage import Storage
+from tests.conftest import sentences, write_jsonl
+
+VECMILL = Path(sys.executable).parent / "vecmill"
+
+
+def vecmill(*arguments: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [str(VECMILL), *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False, **options)
+    assert not check or done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """A root made by the command itself, with a Ray of its own."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_jsonl(folder / "a.jsonl", sentences(300))
+    file = folder / "c.yaml"
+    file.write_text(f"root: {folder}/root\ncorpus: {{uri: {folder}/a.jsonl}}\n")
+    done = vecmill("reindex", "-c", file, "--json")
+    result = json.loads(done.stdout)
+    assert (result["encoded"], result["committed"], result["live"]["recall"]["mean"]) == (300, True, 1.0)
+    lines = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["ingest", "embed", "train", "add", "merge", "evaluate", "publish"], (
+        done.stderr
+    )
+    assert "\x1b" not in done.stderr + done.stdout
+    return file
+
+
+def test_search_prints_a_table_or_json(indexed):
+    text = sentences(300)[123]["text"]
+    table = vecmill("search", "-c", indexed, text, "-k", 2).stdout.splitlines()
+    assert table[0].split() == ["rank", "score", "document", "text", "source"]
+    assert table[1].split()[:3] == ["1", "1.000", "d123"] or table[1].split()[2] == "d123"
+    assert len(table) == 3
+    found = json.loads(vecmill("search", "-c", indexed, text, "--json", "--set", "search.k=4").stdout)
+    assert (found["hits"][0]["doc_id"], len(found["hits"])) == ("d123", 4)
+    artifact = next((indexed.parent / "root" / "artifacts").iterdir())
+    assert json.loads(vecmill("search", "--artifact", artifact, text, "--json").stdout)["hits"][0]["doc_id"] == "d123"
+
+
+def test_python_dash_m_jobs_is_the_same_program(indexed):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", "verify", "-c", str(indexed)], capture_output=True, text=True, check=True
+    )
+    assert "4 files" in done.stdout
+
+
+def test_status_verify_and_second_reindex(indexed):
+    status = json.loads(vecmill("status", "-c", indexed, "--json").stdout)
+    assert status["next"] == {"files": 1, "units": 1, "units_to_ingest": 0}
+    assert status["writer"] is None
+    assert status["live"] == status["artifacts"][0]["artifact"] == status["commits"][0]["artifact"]
+    assert "units changed or new" in vecmill("status", "-c", indexed).stdout
+    assert json.loads(vecmill("verify", "-c", indexed, "--json").stdout)["ok"]
+    again = vecmill("reindex", "-c", indexed, "--json", "-q")
+    assert again.stderr == ""
+    result = json.loads(again.stdout)
+    assert (result["encoded"], result["trained"], result["index_shards"], result["committed"]) == (0, False, 0, False)
+
+
+def test_plan_writes_nothing_and_is_right(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*sentences(50), {"id": "bad", "text": ""}])
+    file = tmp_path / "c.yaml"
+    file.write_text(f"root: {tmp_path}/root\ncorpus: {{uri: {tmp_path}/a.jsonl}}\n")
+    plan = json.loads(vecmill("plan", "-c", file, "--json").stdout)
+    assert (plan["files"], plan["documents"], plan["passages"], plan["units_done"]) == (1, 50, 50, 0)
+    assert (plan["index"]["kind"], plan["sampled_rejected"], plan["embedding_bytes"]) == ("flat", 1, 50 * (768 + 16))
+    assert plan["tokens_per_s"] > 0
+    assert "flat" in vecmill("plan", "-c", file).stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "c.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["reindex", "-c", "none.yaml"], 2, "none.yaml: no such config file"),
+        (["reindex"], 2, "Missing option"),
+        (["search", "hello"], 2, "give -c FILE"),
+        (["reindex", "-c", "c.yaml", "--set", "index.knd=flat"], 2, "did you mean kind?"),
+        (["reindex", "-c", "c.yaml", "--set", "corpus.uri=nowhere"], 2, "nowhere: no input files there"),
+        (["reindex", "-c", "c.yaml", "--set", "index.m=50"], 2, "dim 384 cannot be cut into 50 parts"),
+        (["reindex", "-c", "c.yaml", "--set", "corpus.text=body"], 3, "5 of 5 rows rejected"),
+        (["search", "-c", "c.yaml", "--set", "root=empty", "hello"], 2, "nothing is live here"),
+        (["verify", "--artifact", "empty"], 5, "no manifest.json"),
+    ],
+)
+def test_exit_codes_and_one_line_errors(tmp_path, arguments, code, message):
+    write_jsonl(tmp_path / "a.jsonl", sentences(5))
+    (tmp_path / "c.yaml").write_text("root: root\ncorpus: {uri: a.jsonl, max_bad_rows: 0}\n")
+    done = vecmill(*arguments, check=False, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_locked_root_exits_4_naming_the_holder(indexed):
+    storage = Storage(str(indexed.parent / "root"))
+    number = len(list((indexed.parent / "root" / "log").iterdir()))
+    entry = LogEntry(number=number, kind="acquire", epoch=number, holder="ana@box pid 7", run="r", at="2026-01-01T00:00:00")
+    storage.create(layout.log_entry(number), to_bytes(entry))
+    process = subprocess.Popen([str(VECMILL), "reindex", "-c", str(indexed)], stderr=subprocess.PIPE, text=True)
+    sequence = 0
+    while process.poll() is None:
+        storage.put(layout.beat(number, sequence), b"beat")
+        sequence += 1
+        time.sleep(0.5)
+    assert process.returncode == 4
+    assert "another run is writing: ana@box pid 7, run r, since 2026-01-01" in process.stderr.read()
+    storage.create(layout.log_entry(number + 1), to_bytes(entry.model_copy(update={"number": number + 1, "kind": "release"})))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_release_the_root_and_say_how_to_resume(tmp_path, number, code):
+    write_jsonl(tmp_path / "a.jsonl", sentences(3000))
+    file = tmp_path / "c.yaml"
+    file.write_text(f"root: {tmp_path}/root\ncorpus: {{uri: {tmp_path}/a.jsonl}}\n")
+    process = subprocess.Popen([str(VECMILL), "reindex", "-c", str(file)], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "root" / "passages").is_dir():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "run the same command to resume" in errors
+    kinds = [json.loads(path.read_text())["kind"] for path in sorted((tmp_path / "root" / "log").iterdir())]
+    assert kinds == ["acquire", "release"]
+
+
+@pytest.mark.timeout(400)
+def test_demo_finds_what_it_promises(tmp_path):
+    done = vecmill("demo", "--folder", tmp_path / "demo", cwd=tmp_path)
+    assert "parse a date written as text" in done.stdout
+    assert "datetime.datetime.strptime" in done.stdout
+    assert done.stdout.count("rank") == 5

@@ -1,0 +1,75 @@
+"""The same job on a real S3 server gives the artifact answers of local files."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import artifact, layout
+from pipeline.errors import VerificationError
+from pipeline.live import open_live
+from pipeline.run import reindex
+from pipeline.storage import Storage
+from tests.conftest import make_config, sentences
+from tests.e2e.test_cli import vecmill
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+def test_job_on_s3_answers_as_on_local_files(tmp_path, s3, kind, monkeypatch):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = sentences(400)
+    pq.write_table(
+        pa.table({"id": [row["id"] for row in rows[:300]], "text": [row["text"] for row in rows[:300]]}), corpus / "a.parquet"
+    )
+    pq.write_table(
+        pa.table({"id": [row["id"] for row in rows[300:]], "text": [row["text"] for row in rows[300:]]}),
+        corpus / "b b%.parquet",
+    )
+    bucket = Storage(f"s3://test/{tmp_path.name}", s3.store_config)
+    for file in corpus.iterdir():
+        bucket.put(f"corpus/{file.name}", file.read_bytes())
+
+    index = {"kind": kind, "m": 32}
+    local = make_config(tmp_path / "root", corpus, index=index)
+    cached = {"cache_dir": str(tmp_path / "cache")}
+    remote = make_config(bucket.at("root"), bucket.at("corpus"), index=index, store=s3.store, search=cached)
+    first = reindex(local)
+    second = reindex(remote)
+    assert second.committed
+    assert second.encoded == first.encoded == 400
+    assert second.live.counts == first.live.counts
+    again = reindex(remote)
+    assert (again.encoded, again.committed) == (0, False)
+
+    one, two = open_live(local), open_live(remote)
+    assert (one.searcher.vectors == two.searcher.vectors).all()
+    queries = one.searcher.vectors[::5].astype(np.float32)
+    mine, theirs = (opened.searcher.search(queries, 10) for opened in (one, two))
+    assert [[(hit.doc_id, hit.text) for hit in hits] for hits in mine] == [
+        [(hit.doc_id, hit.text) for hit in hits] for hits in theirs
+    ]
+    assert theirs[0][0].source_uri.startswith(bucket.at("corpus/"))
+
+    folder = layout.artifact(second.live.version)
+    assert artifact.verify(Storage(bucket.at("root"), s3.store_config), folder).version == second.live.version
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"root": bucket.at("root"), "corpus": {"uri": bucket.at("corpus")}, "search": cached}))
+    found = json.loads(vecmill("search", "-c", file, rows[42]["text"], "-k", 1, "--json").stdout)
+    assert found["hits"][0]["doc_id"] == "d42"
+
+    storage = Storage(bucket.at("root"), s3.store_config)
+    data = bytearray(storage.read(f"{folder}/vectors.f16"))
+    data[100] ^= 1
+    storage.put(f"{folder}/vectors.f16", bytes(data))
+    with pytest.raises(VerificationError, match=r"vectors\.f16"):
+        artifact.verify(storage, folder)
+    assert vecmill("verify", "-c", file, check=False).returncode == 5

@@ -1,0 +1,84 @@
+"""What the README says is run and compared."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).parent.parent
+README = (HOME / "README.md").read_text(encoding="utf-8")
+TREE_ROOTS = ("pipeline", "jobs", "configs", "docker")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.timeout(600)
+def test_tour_and_plain_faiss_run_as_written(tmp_path):
+    commands = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    assert len(commands) >= 10
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    outputs = []
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        outputs.append((command, done.stdout))
+    answers = [output for command, output in outputs if command.startswith("vecmill search")]
+    assert answers[0].splitlines()[1].split()[2] == "b"
+    assert [line.split()[2] for line in answers[1].splitlines()[1:]] == ["d"]
+
+    artifacts = sorted((tmp_path / "index" / "artifacts").iterdir())
+    assert len(artifacts) == 2
+    (tmp_path / "artifact").symlink_to(artifacts[-1])
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "How central banks fight inflation." in done.stdout
+
+
+def test_tree_names_every_file_once():
+    listed = re.findall(r"^ *(\S+\.(?:py|yaml|txt)|\S+/) ", README[README.index("## The tree") :], re.M)
+    files = [path for root in TREE_ROOTS for path in (HOME / root).rglob("*") if path.suffix in {".py", ".yaml", ".txt"}]
+    names = [path.name for path in files if path.name != "__init__.py"]
+    assert sorted(name for name in listed if not name.endswith("/")) == sorted(names)
+
+
+def test_every_command_is_described():
+    from jobs.__main__ import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    table = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `"))))
+    assert table | {"version"} == commands
+
+
+def test_every_measured_number_is_in_a_committed_result():
+    section = README[README.index("## Measured") : README.index("## The tree")]
+    rows = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|---")][1:]
+    results = json.loads((HOME / "tests" / "benchmarks" / "spine.json").read_text())
+    known = {f"{value:.4g}" for value in _numbers(results)} | {f"{value:.4f}" for value in _numbers(results)}
+    known |= {f"{value:.1f}" for value in _numbers(results)} | {f"{value:,.0f}" for value in _numbers(results)}
+    numbers = [
+        number for row in rows for number in re.findall(r"(?<![\w@.,-])\d[\d,]*(?:\.\d+)?(?![\w@-])", row.split("|", 2)[2])
+    ]
+    assert len(numbers) >= 8
+    for number in numbers:
+        assert number in known, f"{number} is in no committed result"
+
+
+def _numbers(value):
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_docstring_of_every_module_is_there():
+    for file in [*(HOME / "pipeline").rglob("*.py"), *(HOME / "jobs").rglob("*.py")]:
+        assert ast.get_docstring(ast.parse(file.read_text())), file
