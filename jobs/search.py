@@ -14,6 +14,7 @@ from pipeline.live import Opened, open_live, open_uri, query_spec
 from pipeline.searcher import Hit
 
 HEAD_CHARS = 100
+ID_CHARS = 48
 
 OptionalConfig = Annotated[str | None, typer.Option("--config", "-c", help="Config file, YAML")]
 ArtifactOption = Annotated[str | None, typer.Option("--artifact", help="URI of an artifact folder, instead of the live one")]
@@ -58,7 +59,9 @@ def open_artifact(config: str | None, overrides: list[str] | None, artifact: str
 def hit_table(hits: list[Hit]) -> Table:
     """Hits as people read them."""
     table = Table("rank", "score", box=None)
-    for name in ("document", "text", "source"):
+    longest = max((len(_plain(hit.doc_id)) for hit in hits), default=0)
+    table.add_column("document", no_wrap=True, overflow="ellipsis", min_width=min(longest, ID_CHARS))
+    for name in ("text", "source"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for hit in hits:
         head = " ".join(hit.text[: 2 * HEAD_CHARS].split())[:HEAD_CHARS]

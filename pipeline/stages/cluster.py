@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pipeline.errors import ConfigError, VecmillError
 
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
 """Only token ids and work units pass through the object store."""
+TOKENIZER_CPUS = 0.5
+"""CPUs that a task books which reads and tokenizes for the encoders."""
 WORKER_ENVIRONMENT = {
     "RAYON_NUM_THREADS": "1",  # the tokenizer's own pool; tasks run side by side instead
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
@@ -42,8 +46,19 @@ class Cluster:
 
     def threads(self, compute: ComputeConfig) -> int:
         """Threads of an encoder: as configured, else its share of a node."""
-        per_node = -(-self.encoders(compute) // self.nodes)
-        return compute.cpus_per_encoder or max(1, self.node_cpus // per_node)
+        return compute.cpus_per_encoder or max(1, self.node_cpus // self._encoders_per_node(compute))
+
+    def reserved_cpus(self, compute: ComputeConfig) -> float:
+        """CPUs that an encoder books with Ray: its share of a node less what one tokenizer task books there.
+
+        Encoders that booked every CPU would wait for ever for the tasks that feed them. Beside a GPU one is enough.
+        """
+        share = (self.node_cpus - TOKENIZER_CPUS) / self._encoders_per_node(compute)
+        share = float(int(share)) if share >= 1 else int(100 * share) / 100
+        return min(1.0, share) if self.gpus_per_encoder(compute) else share
+
+    def _encoders_per_node(self, compute: ComputeConfig) -> int:
+        return -(-self.encoders(compute) // self.nodes)
 
 
 @contextlib.contextmanager
@@ -122,10 +137,23 @@ def _start(address: str | None, quiet: bool) -> None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
-        with _muted_stderr() if quiet else contextlib.nullcontext():
+        with _kept_handlers(), _muted_stderr() if quiet else contextlib.nullcontext():
             ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise ConfigError(f"Ray at {address}: no cluster answers; start it or unset compute.address and RAY_ADDRESS") from error
+
+
+@contextlib.contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Ray installs a SIGTERM handler of its own, which exits without giving the root back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

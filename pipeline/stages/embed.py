@@ -19,7 +19,7 @@ from pipeline.manifest import Record, SnapshotManifest, list_records
 from pipeline.model import EncoderSpec, TextTokenizer, find_model
 from pipeline.shards import KEY_DTYPE, Keys, read_keys
 from pipeline.snapshot import parts
-from pipeline.stages.cluster import Cluster, own_error
+from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error
 from pipeline.stages.ingest import load_records
 from pipeline.storage import Storage
 
@@ -67,15 +67,14 @@ def _run(job: Job, cluster: Cluster, units: list[EmbedUnit], total: int) -> None
     threads = cluster.threads(compute)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(_tokenize_row, fn_args=(job.spec, job.storage), num_cpus=0.5)
+        .map(_tokenize_row, fn_args=(job.spec, job.storage), num_cpus=TOKENIZER_CPUS)
         .map(
             EncoderActor,
             fn_constructor_args=(job.spec, job.embeddings, job.embedding_folder, threads),
             compute=ray.data.ActorPoolStrategy(
                 size=min(cluster.encoders(compute), len(units)), max_tasks_in_flight_per_actor=2
             ),
-            # one CPU of an encoder's share is left to the tasks that read and tokenize for it
-            num_cpus=max(1, threads - 1),
+            num_cpus=cluster.reserved_cpus(compute),
             num_gpus=cluster.gpus_per_encoder(compute) or None,
             max_restarts=ACTOR_RESTARTS,
             max_task_retries=ACTOR_RESTARTS,
