@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
@@ -13,8 +14,9 @@ from pipeline.errors import ConfigError
 from pipeline.live import Opened, open_live, open_uri, query_spec
 from pipeline.searcher import Hit
 
-HEAD_CHARS = 100
+MIN_TEXT_CHARS = 20
 ID_CHARS = 48
+SOURCE_CHARS = 40
 
 OptionalConfig = Annotated[str | None, typer.Option("--config", "-c", help="Config file, YAML")]
 ArtifactOption = Annotated[str | None, typer.Option("--artifact", help="URI of an artifact folder, instead of the live one")]
@@ -57,19 +59,26 @@ def open_artifact(config: str | None, overrides: list[str] | None, artifact: str
 
 
 def hit_table(hits: list[Hit]) -> Table:
-    """Hits as people read them."""
-    table = Table("rank", "score", box=None)
-    longest = max((len(_plain(hit.doc_id)) for hit in hits), default=0)
-    table.add_column("document", no_wrap=True, overflow="ellipsis", min_width=min(longest, ID_CHARS))
-    for name in ("text", "source"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for hit in hits:
-        head = " ".join(hit.text[: 2 * HEAD_CHARS].split())[:HEAD_CHARS]
-        source = f"{hit.source_uri.rpartition('/')[2]}:{hit.source_row}"
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", _plain(hit.doc_id), _plain(head), _plain(source))
+    """Hits as people read them, one line each: the text is cut to what the terminal leaves for it."""
+    rows = [
+        (
+            str(hit.rank),
+            f"{hit.score:.3f}",
+            _plain(hit.doc_id)[:ID_CHARS],
+            _plain(f"{hit.source_uri.rpartition('/')[2]}:{hit.source_row}")[-SOURCE_CHARS:],
+        )
+        for hit in hits
+    ]
+    names = ("rank", "score", "document", "source")
+    taken = sum(max([len(name), *(len(row[number]) for row in rows)]) for number, name in enumerate(names))
+    room = max(MIN_TEXT_CHARS, results.width - taken - 2 * (len(names) + 1))
+    table = Table("rank", "score", "document", "text", "source", box=None)
+    for hit, (rank, score, document, source) in zip(hits, rows, strict=True):
+        head = _plain(" ".join(hit.text[: 2 * room].split()))[:room]
+        table.add_row(rank, score, escape(document), escape(head), escape(source))
     return table
 
 
 def _plain(text: str) -> str:
-    """Corpus text on a terminal: control characters escaped, no markup."""
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text).replace("[", r"\[")
+    """Corpus text for a terminal: control characters escaped."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
