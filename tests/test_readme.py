@@ -63,6 +63,7 @@ def test_every_measured_number_is_in_a_committed_result():
     results = json.loads((HOME / "tests" / "benchmarks" / "spine.json").read_text())
     known = {f"{value:.4g}" for value in _numbers(results)} | {f"{value:.4f}" for value in _numbers(results)}
     known |= {f"{value:.1f}" for value in _numbers(results)} | {f"{value:,.0f}" for value in _numbers(results)}
+    known |= {f"{value:.7f}" for value in _numbers(results)}
     numbers = [
         number for row in rows for number in re.findall(r"(?<![\w@.,-])\d[\d,]*(?:\.\d+)?(?![\w@-])", row.split("|", 2)[2])
     ]
