@@ -37,7 +37,7 @@ def demo(
     from pipeline.live import open_live
 
     documents = write_corpus(folder / "docstrings.jsonl")
-    file = folder / "config.yaml"
+    file = folder / "demo.yaml"
     file.write_text(DEMO_CONFIG.format(folder=folder), encoding="utf-8")
     if not quiet:
         messages.print(f"demo: {documents} docstrings of the Python standard library in {folder}/docstrings.jsonl")

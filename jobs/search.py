@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
 from pipeline.config import Config, load_config
@@ -75,7 +75,7 @@ def hit_table(hits: list[Hit]) -> Table:
     table = Table("rank", "score", "document", "text", "source", box=None)
     for hit, (rank, score, document, source) in zip(hits, rows, strict=True):
         head = _plain(" ".join(hit.text[: 2 * room].split()))[:room]
-        table.add_row(rank, score, escape(document), escape(head), escape(source))
+        table.add_row(rank, score, Text(document), Text(head), Text(source))
     return table
 
 

@@ -11,7 +11,7 @@ from pipeline.config import Config, load_config
 from pipeline.job import plan_job
 from pipeline.log import Log
 from pipeline.manifest import ArtifactManifest, load
-from pipeline.snapshot import identify_files, plan_units
+from pipeline.snapshot import identify_files, known_files, plan_units
 from pipeline.storage import Storage
 
 
@@ -67,7 +67,7 @@ def _artifacts(storage: Storage) -> list[dict[str, Any]]:
 def _next(settings: Config, storage: Storage) -> dict[str, int]:
     """Input files and the ingest units that the next reindex would have to read."""
     job = plan_job(settings, precision="fp32")
-    files = identify_files(settings)
+    files = identify_files(settings, known_files(storage))
     units = plan_units(files, settings, job.spec.space)
     done = sum(storage.exists(f"{layout.PASSAGES}/{unit.name}.json") for unit in units)
     return {"files": len(files), "units": len(units), "units_to_ingest": len(units) - done}

@@ -6,6 +6,7 @@ is ever fingerprinted; *how* (compute, store) never is, so it can change without
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,12 @@ class EvaluationConfig(Section):
     queries: str | None = Field(None, description="JSONL of queries (_id, text) used instead of sampled passages")
     qrels: str | None = Field(None, description="TSV of judgements (query-id, corpus-id, score) for nDCG, MRR, recall")
 
+    @model_validator(mode="after")
+    def _qrels_with_queries(self) -> "EvaluationConfig":
+        if self.qrels and not self.queries:
+            raise ValueError("qrels without queries; set evaluation.queries too")
+        return self
+
 
 class PublishConfig(Section):
     """When a new artifact may go live."""
@@ -143,7 +150,6 @@ class ComputeConfig(Section):
     gpus_per_encoder: float | None = Field(None, ge=0, description="Default: 1 where the cluster has GPUs, else 0")
     cpus_per_encoder: int | None = Field(None, ge=1, description="Threads of an encoder; default: an equal share of a node")
     unit_passages: int | None = Field(None, ge=1, description="Passages per embedding shard; default: by corpus and pool")
-    unit_mb: int = Field(64, ge=1, description="Input per ingest unit in MB; small files are packed together")
     scratch: str | None = Field(None, description="Local folder for files in the making; default: the system's temp folder")
     lease_ttl_s: float = Field(30.0, gt=0, description="A writer without a heartbeat for so long is taken for dead")
 
@@ -164,10 +170,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _root_apart_from_corpus(self) -> "Config":
-        root, corpus = self.root.rstrip("/"), self.corpus.uri.rstrip("/")
+        root, corpus = _absolute(self.root), _absolute(self.corpus.uri)
+        if any(mark in corpus for mark in "*["):
+            corpus = re.split(r"[*\[]", corpus, maxsplit=1)[0].rpartition("/")[0]
         if root == corpus or root.startswith(corpus + "/"):
             raise ValueError(f"root {self.root} lies inside the corpus {self.corpus.uri}, which would then feed on itself")
         return self
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Config:

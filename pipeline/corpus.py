@@ -28,7 +28,7 @@ FORMAT_OF_ENDING = {
     ".rst": "text",
 }
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
 TEXT_HEAD_CHARS = 200
 
 
@@ -102,7 +102,7 @@ def _document(row: dict[str, Any] | BadRowError, number: int, part: Slice, colum
         if all(unicodedata.category(char) in INVISIBLE for char in text):
             raise BadRowError("E_EMPTY_TEXT", f"column {columns.text!r} has no visible character")
         metadata = {name: row.get(name) for name in columns.metadata}
-        packed = json.dumps(metadata, ensure_ascii=False, default=str) if metadata else None
+        packed = _packed(metadata) if metadata else None
     except BadRowError as error:
         seen = raw_text.encode("utf-8", "surrogatepass") if isinstance(raw_text, str) else raw_text
         digest, head = (sha256(seen), _head(seen)) if isinstance(seen, bytes) else (None, None)
@@ -136,6 +136,17 @@ def _text(value: Any, column: str) -> str:
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise BadRowError("E_UTF8", f"column {column!r} has a lone surrogate")
     return value
+
+
+def _packed(metadata: dict[str, Any]) -> str:
+    try:
+        packed = json.dumps(metadata, ensure_ascii=False, default=str, allow_nan=False)
+        packed.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError("E_UTF8", f"metadata is not UTF-8 at character {error.start}") from error
+    except ValueError as error:
+        raise BadRowError("E_TYPE", "metadata holds NaN or Infinity, which JSON has no form for") from error
+    return packed
 
 
 def _head(data: bytes) -> str:

@@ -182,11 +182,9 @@ def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
     return sum(len(ids) for ids in tokens) / (time.perf_counter() - started)
 
 
-def load_query_encoder(spec: EncoderSpec, *, query_prompt: str | None = None) -> Encoder:
+def load_query_encoder(spec: EncoderSpec) -> Encoder:
     """An encoder for queries against vectors made with ``spec``: same space, this machine's own best precision.
 
     Raises EncoderError when the model here is not of the same space.
     """
-    precision = resolve_here("auto")
-    prompt = spec.query_prompt if query_prompt is None else query_prompt
-    return Encoder(replace(spec, precision=precision, query_prompt=prompt))
+    return Encoder(replace(spec, precision=resolve_here("auto")))

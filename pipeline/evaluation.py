@@ -24,7 +24,7 @@ LABELLED_DEPTH = 100
 def read_queries(uri: str, store: StoreConfig) -> dict[str, str]:
     """Queries of a JSONL file (``_id`` or ``id``, ``text``), plain or .gz; raises ConfigError naming file and line."""
     queries: dict[str, str] = {}
-    for number, line in enumerate(_read_text(uri, store).splitlines(), 1):
+    for number, line in enumerate(_read_text(uri, store).split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -79,10 +79,11 @@ def labelled(
     Passages are rolled up to documents by their best score, equal texts to all their doc_ids, before the cut.
     """
     ranked: dict[str, dict[str, list[str]]] = {"exact": {}, "index": {}}
-    for name in qrels.keys() & queries.keys():
-        for kind, found in ranked.items():
-            hits = searcher.search(queries[name][None, :], LABELLED_DEPTH, exact=kind == "exact")[0]
-            found[name] = [hit.doc_id for hit in hits]
+    names = sorted(qrels.keys() & queries.keys())
+    vectors = np.stack([queries[name] for name in names])
+    for kind, found in ranked.items():
+        answers = searcher.search(vectors, LABELLED_DEPTH, exact=kind == "exact")
+        found.update({name: [hit.doc_id for hit in hits] for name, hits in zip(names, answers, strict=True)})
     return {kind: ir_metrics(qrels, found) for kind, found in ranked.items()}
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -189,14 +190,21 @@ def _read_delimited(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
 def _delimited(handle: BinaryIO, part: Slice) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)
     stream = io.TextIOWrapper(_decompressed(handle, part.uri), "utf-8-sig", errors="surrogateescape", newline="")
-    return csv.reader(_guarded(stream, part.uri), delimiter="\t" if part.format == "tsv" else ",")
+    lines = _guarded(stream, part.uri)
+    # a TSV has no quoting: a field that begins with a quote would swallow the rows after it
+    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if part.format == "tsv" else csv.reader(lines, strict=True)
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise DataError(f"{part.uri}: E_CSV at line {rows.line_num}, {error}; mend the quoting") from error
 
 
 def _read_text(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
     with _open(part.uri, store) as handle:
         below = Storage(columns.base, store).uri.rstrip("/") + "/"
         name = part.uri.removeprefix(below) if part.uri.startswith(below) else part.uri.rpartition("/")[2]
-        yield 0, {columns.id: name, columns.text: _decompressed(handle, part.uri).read()}
+        (content,) = _guarded((stream.read() for stream in [_decompressed(handle, part.uri)]), part.uri)
+        yield 0, {columns.id: name, columns.text: content}
 
 
 _READERS: dict[str, Callable[[Slice, Columns, StoreConfig], _Rows]] = {
@@ -220,7 +228,7 @@ def _require(columns: Columns, found: Sequence[str], uri: str) -> None:
 def _guarded(lines: Any, uri: str) -> Iterator[Any]:
     try:
         yield from lines
-    except (EOFError, gzip.BadGzipFile, OSError, pa.ArrowInvalid) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{uri}: E_COMPRESSION, {error}; compress the file again") from error
 
 

@@ -152,6 +152,12 @@ def search(index: Any, queries: Matrix, k: int, nprobe: int) -> tuple[Matrix, Or
     return cast(tuple[Matrix, Ordinals], index.search(np.ascontiguousarray(queries), k))
 
 
+def lists(index: Any) -> int:
+    """Inverted lists of an index; 0 for a flat one."""
+    ivf = faiss.try_extract_index_ivf(index)
+    return 0 if ivf is None else int(ivf.nlist)
+
+
 def set_threads(threads: int) -> None:
     """OpenMP threads of this process's FAISS calls."""
     faiss.omp_set_num_threads(threads)

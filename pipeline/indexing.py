@@ -267,11 +267,11 @@ def _labelled(job: Job, merged: MergeRecord, dim: int, point: Any) -> dict[str, 
 
 
 def _settings(config: Config, nlist: int) -> Iterator[tuple[int, int]]:
-    """The one setting that the config fixes, else those to try."""
+    """The settings to try, each once; what the config fixes stays fixed."""
+    fixed = config.search
+    seen = set()
     for nprobe, rescoring in recall.settings_to_try(nlist):
-        yield (
-            config.search.nprobe if config.search.nprobe and nlist else nprobe,
-            rescoring if config.search.rescore is None else config.search.rescore,
-        )
-        if config.search.nprobe and config.search.rescore is not None:
-            return
+        setting = (fixed.nprobe if fixed.nprobe and nlist else nprobe, rescoring if fixed.rescore is None else fixed.rescore)
+        if setting not in seen:
+            seen.add(setting)
+            yield setting

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import layout
 from pipeline.artifact import MANIFEST, read_manifest, verify
 from pipeline.config import Config, SearchConfig, StoreConfig
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, StorageError, VerificationError
 from pipeline.fingerprint import sha256
 from pipeline.log import Log
 from pipeline.manifest import ArtifactManifest
@@ -76,9 +76,12 @@ def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> Path:
         data = storage.read(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{storage.at(folder)}: no {MANIFEST} there, so no artifact; check the path") from error
-    if storage.is_local:
-        return Path(storage.at(folder))
     manifest = read_manifest(data, storage.at(path))
+    if storage.is_local:
+        for name, file in manifest.files.items():
+            if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
+                raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
+        return Path(storage.at(folder))
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     cache = Path(search.cache_dir or f"{caches}/vecmill").expanduser()
     target = cache / sha256(data)[:32]
@@ -96,6 +99,8 @@ def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, data: bytes
         (copy / MANIFEST).write_bytes(data)
         verify(Storage(str(copy)), "")
         copy.replace(target)
+    except FileNotFoundError as error:
+        raise VerificationError(f"{error}; the manifest lists it, restore or rebuild the artifact") from error
     except OSError as error:
         if not target.is_dir():  # else another process was faster with the same artifact
             raise StorageError(f"{target}: cannot be written, {error}; set search.cache_dir") from error

@@ -165,7 +165,11 @@ def _lost(storage: Storage, mine: LogEntry, holder: LogEntry | None) -> str:
 
 
 def _holder_name() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without an entry in /etc/passwd
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()} pid {os.getpid()}"
 
 
 def _now() -> str:

@@ -17,6 +17,7 @@ from pipeline.model import TextTokenizer
 KEY_BYTES = 16
 SEGMENT_CHARS = 1 << 16
 """Longer texts are tokenized in segments of about this size, so that memory does not follow the document."""
+WHITE_SPACE = re.compile(r"\s")
 MIN_ROOM = 8
 DEFAULT_OVERLAP = 32
 
@@ -120,7 +121,9 @@ def _segments(text: str) -> list[tuple[int, int]]:
     if len(text) <= SEGMENT_CHARS:
         return [(0, len(text))]
     cuts = [0]
-    for gap in re.finditer(r"\s+", text):
-        if gap.start() - cuts[-1] >= SEGMENT_CHARS:
-            cuts.append(gap.start())
+    while len(text) - cuts[-1] > SEGMENT_CHARS:
+        gap = WHITE_SPACE.search(text, cuts[-1] + SEGMENT_CHARS, cuts[-1] + 2 * SEGMENT_CHARS)
+        cuts.append(gap.start() if gap else min(len(text), cuts[-1] + 2 * SEGMENT_CHARS))
+    if cuts[-1] == len(text):
+        cuts.pop()
     return list(zip(cuts, [*cuts[1:], len(text)], strict=True))

@@ -16,7 +16,7 @@ from pipeline.formats import Slice, count_rows
 from pipeline.job import Job
 from pipeline.model import TextTokenizer
 from pipeline.passages import KEY_BYTES, Splitter
-from pipeline.snapshot import IngestUnit, identify_files, plan_units
+from pipeline.snapshot import IngestUnit, identify_files, known_files, plan_units
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
@@ -54,7 +54,7 @@ class Plan:
 
 def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second."""
-    files = identify_files(job.config)
+    files = identify_files(job.config, known_files(job.storage))
     units = plan_units(files, job.config, job.spec.space)
     slices = [part for unit in units for part in unit.slices]
     rows = sum(count_rows(part, job.config.store) for part in slices)

@@ -8,8 +8,8 @@ from pipeline import __version__, layout
 from pipeline.artifact import MANIFEST, read_manifest
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import fingerprint, sha256
-from pipeline.job import Job
-from pipeline.log import Lease, LogEntry
+from pipeline.job import Event, Job
+from pipeline.log import Lease, Log, LogEntry
 from pipeline.manifest import ArtifactManifest, Evaluation, MergeRecord, SnapshotManifest, TrainedManifest, to_bytes
 from pipeline.storage import Storage
 
@@ -26,9 +26,26 @@ VERSIONED = (
 )
 
 
-def content_name(snapshot: SnapshotManifest, trained: TrainedManifest, encoder: str) -> str:
-    """Identity of what an artifact holds: equal for equal corpus, encoder and trained index."""
-    return fingerprint({"artifact": 1, "snapshot": snapshot.snapshot, "trained": trained.trained, "encoder": encoder})
+def content_name(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest) -> str:
+    """Identity of what an artifact holds: equal for equal corpus, encoder, trained index and way of measuring."""
+    measured = job.config.evaluation.model_dump(mode="json") | {"target_recall": job.config.index.target_recall}
+    measured |= job.config.search.model_dump(mode="json", include={"nprobe", "rescore"})
+    what = {"snapshot": snapshot.snapshot, "trained": trained.trained, "encoder": job.spec.fingerprint}
+    return fingerprint({"artifact": 1, "measured": measured, **what})
+
+
+def usable_live(job: Job) -> ArtifactManifest | None:
+    """The live artifact, or None where there is none or it is damaged: then it is built anew, which ``say`` tells."""
+    try:
+        manifest = live_artifact(job.storage, Log(job.storage).refresh().live)
+        for name, file in manifest.files.items() if manifest else ():
+            path = f"{layout.artifact(manifest.version)}/{name}" if manifest else ""
+            if job.storage.size(path) != file.size_bytes:
+                raise VerificationError(f"{job.storage.at(path)}: missing or of another size than its manifest says")
+    except VerificationError as error:
+        job.say(Event("publish", f"the live artifact is damaged and will be built anew: {error}"))
+        return None
+    return manifest
 
 
 def live_artifact(storage: Storage, entry: LogEntry | None) -> ArtifactManifest | None:
@@ -55,7 +72,7 @@ def write_manifest(
     """Compose and store the manifest: from here on the folder is an artifact."""
     manifest = ArtifactManifest(
         version=merged.version,
-        content=content_name(snapshot, trained, job.spec.fingerprint),
+        content=content_name(job, snapshot, trained),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         snapshot=snapshot.snapshot,
         limit=snapshot.limit,

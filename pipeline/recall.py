@@ -21,6 +21,9 @@ Ordinals = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16]
 
 BLOCK_ROWS = 1 << 15
+QUERY_BLOCK = 1 << 9
+GATHERED_FLOATS = 1 << 25
+"""Memory of a step of exact search (64 MB of scores) and of re-scoring (128 MB of candidates)."""
 TIE = 1e-6
 """Scores within this of the k-th exact score count as found: float32 sums differ in their last bits."""
 MIN_GATED_PASSAGES = 100
@@ -62,6 +65,11 @@ def _lowest(ranks: npt.NDArray[np.uint64], count: int) -> Ordinals:
 
 def exact_search(vectors: Vectors, queries: Matrix, k: int) -> tuple[Matrix, Ordinals]:
     """Brute force in float32 over (n, dim) float16 vectors: scores and ordinals, (q, min(k, n)), best first."""
+    if len(queries) > QUERY_BLOCK:
+        parts = [
+            exact_search(vectors, queries[first : first + QUERY_BLOCK], k) for first in range(0, len(queries), QUERY_BLOCK)
+        ]
+        return np.concatenate([scores for scores, _ in parts]), np.concatenate([ordinals for _, ordinals in parts])
     best_scores = np.empty((len(queries), 0), dtype=np.float32)
     best = np.empty((len(queries), 0), dtype=np.int64)
     for first in range(0, len(vectors), BLOCK_ROWS):
@@ -83,8 +91,12 @@ def top(scores: Matrix, ordinals: Ordinals, k: int) -> tuple[Matrix, Ordinals]:
 
 def rescore(vectors: Vectors, queries: Matrix, candidates: Ordinals, k: int) -> tuple[Matrix, Ordinals]:
     """Exact float32 scores of candidate ordinals (q, c), -1 for none; the k best of each row."""
-    gathered = vectors[np.maximum(candidates, 0)].astype(np.float32)
-    scores = np.einsum("qd,qcd->qc", queries, gathered)
+    scores = np.empty(candidates.shape, dtype=np.float32)
+    step = max(1, GATHERED_FLOATS // max(1, candidates.shape[1] * queries.shape[1]))
+    for first in range(0, len(queries), step):
+        part = slice(first, first + step)
+        gathered = vectors[np.maximum(candidates[part], 0)].astype(np.float32)
+        scores[part] = np.einsum("qd,qcd->qc", queries[part], gathered)
     scores[candidates < 0] = -np.inf
     return top(scores, candidates, k)
 

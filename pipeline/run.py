@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pipeline import layout, publish
 from pipeline.artifact import verify
 from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.evaluation import read_queries
 from pipeline.job import Event, Job, Say, plan_job
-from pipeline.log import Lease, Log, writing
+from pipeline.log import Lease, writing
 from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
 from pipeline.model import resolve_precision
 from pipeline.stages import index as stages
 from pipeline.stages.cluster import Cluster, connected
 from pipeline.stages.embed import embed
 from pipeline.stages.ingest import ingest
+from pipeline.storage import uri_scheme
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ def reindex(
     Without ``encode`` a passage that has no vector yet is an error (VerificationError).
     """
     with running(config, say) as (job, lease, cluster):
-        live = publish.live_artifact(job.storage, Log(job.storage).refresh().live)
+        live = publish.usable_live(job)
         snapshot = ingest(job, limit)
         encoded = embed(job, snapshot, cluster) if encode else 0
         trained, is_new = stages.train(job, snapshot, cluster, live.index if live else None)
         added = stages.add(job, snapshot, trained)
-        if live and live.content == publish.content_name(snapshot, trained, job.spec.fingerprint):
+        if live and live.content == publish.content_name(job, snapshot, trained):
             say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
             return Outcome(job.run_id, snapshot, encoded, is_new, added, None, live, committed=False)
         built = build(job, snapshot, trained, lease, cluster)
@@ -58,7 +61,7 @@ def reindex(
 
 def build(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
     """Merge and evaluate under a version that no other writer can have: its epoch is in the name."""
-    version = f"{lease.epoch:06d}-{publish.content_name(snapshot, trained, job.spec.fingerprint)[:12]}"
+    version = f"{lease.epoch:06d}-{publish.content_name(job, snapshot, trained)[:12]}"
     publish.check_unused(job.storage, version)
     merged = stages.merge(job, snapshot, trained, version)
     evaluation = stages.evaluate(job, snapshot, trained, merged, cluster)
@@ -68,6 +71,10 @@ def build(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, lease:
 @contextlib.contextmanager
 def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
     """A job that holds its root, on a cluster."""
+    if uri_scheme(config.root) == "memory":
+        raise ConfigError("root: memory:// lives in one process and Ray works in many; use a folder or a bucket")
+    if config.evaluation.queries:
+        read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
     with connected(config.compute) as cluster:
         precision = resolve_precision(config.encoder.precision, on_gpu=cluster.gpus_per_encoder(config.compute) > 0)
         job = plan_job(config, precision=precision, say=say)

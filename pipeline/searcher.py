@@ -70,20 +70,26 @@ class Searcher:
         """
         answers: list[list[Hit]] = [[] for _ in queries]
         pending = np.arange(len(queries))
-        depth = k
+        depth, lists = k, self.point.nprobe if nprobe is None else nprobe
         while len(pending):
             scores, ordinals = (
                 self.exact_neighbours(queries[pending], depth)
                 if exact
-                else self.neighbours(queries[pending], depth, nprobe=nprobe, rescoring=rescoring)
+                else self.neighbours(queries[pending], depth, nprobe=lists, rescoring=rescoring)
             )
             found = ordinals >= 0
             for row, number in enumerate(pending):
                 answers[number] = self._roll_up(scores[row][found[row]], ordinals[row][found[row]], k)
-            exhausted = ~found.all(axis=1) | (depth >= len(self.vectors))
             short = np.array([len(answers[number]) < k for number in pending])
-            pending = pending[short & ~exhausted]
-            depth = min(2 * depth, len(self.vectors))
+            if found.all():
+                if depth >= len(self.vectors):
+                    break
+                depth = min(2 * depth, len(self.vectors))
+            elif exact or lists >= faiss_index.lists(self.index):
+                break
+            else:  # the lists visited hold fewer than asked: visit more
+                lists = 2 * lists
+            pending = pending[short]
         return answers
 
     def _roll_up(self, scores: npt.NDArray[np.float32], ordinals: Ordinals, k: int) -> list[Hit]:

@@ -17,17 +17,21 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import layout
 from pipeline.config import Config, StoreConfig
 from pipeline.corpus import RejectedRow, SourceDocument, choose_files, read_documents
-from pipeline.errors import DataError
+from pipeline.errors import DataError, VerificationError
 from pipeline.fingerprint import fingerprint
 from pipeline.formats import Slice, row_group_bytes
-from pipeline.manifest import DataFile, InputFile, Record, SnapshotManifest, put_data, put_record
+from pipeline.log import Log
+from pipeline.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, put_record
 from pipeline.passages import KEY_BYTES, Passage, Splitter
 from pipeline.shards import KEY_DTYPE, Keys, parquet_bytes, read_keys
 from pipeline.storage import FileInfo, Storage, content_hash, list_files
 
-BATCH_DOCUMENTS = 512
+BATCH_DOCUMENTS = 256
+UNIT_BYTES = 64 << 20
+"""Input per ingest unit. Constant, because it decides the names of units and so what is done again."""
 PART_PASSAGES = 1 << 15
-"""Passages per part file: bounds the memory of an ingest task whatever the size of its input file."""
+PART_CHARS = 64 << 20
+"""Passages and text per part file: bounds the memory of an ingest task whatever the size of its input file."""
 
 PASSAGE_SCHEMA = pa.schema(
     [
@@ -84,17 +88,16 @@ def plan_units(files: Sequence[tuple[InputFile, str]], config: Config, space: st
 
     Small files go to buckets by the hash of their URI, so that one changed file redoes one bucket.
     """
-    unit_bytes = config.compute.unit_mb << 20
-    small = [(file, kind) for file, kind in files if file.size_bytes < unit_bytes // 8]
-    buckets = 1 << max(0, (sum(file.size_bytes for file, _ in small) // unit_bytes).bit_length())
+    small = [(file, kind) for file, kind in files if file.size_bytes < UNIT_BYTES // 8]
+    buckets = 1 << max(0, (sum(file.size_bytes for file, _ in small) // UNIT_BYTES).bit_length())
     packed: dict[int, list[Slice]] = {}
     units: list[tuple[Slice, ...]] = []
     for file, kind in files:
         part = Slice(uri=file.uri, size_bytes=file.size_bytes, content=file.content, format=kind)
-        if file.size_bytes < unit_bytes // 8:
+        if file.size_bytes < UNIT_BYTES // 8:
             packed.setdefault(int(fingerprint(file.uri, length=8), 16) % buckets, []).append(part)
-        elif kind == "parquet" and file.size_bytes > unit_bytes:
-            units += [(run,) for run in _row_group_runs(part, config.store, unit_bytes)]
+        elif kind == "parquet" and file.size_bytes > UNIT_BYTES:
+            units += [(run,) for run in _row_group_runs(part, config.store)]
         else:
             units.append((part,))
     units += [tuple(slices) for _, slices in sorted(packed.items())]
@@ -114,13 +117,15 @@ def ingest_unit(unit: IngestUnit, config: Config, splitter: Splitter, storage: S
     files: list[DataFile] = []
     rejected: list[RejectedRow] = []
     buffer: list[dict[str, Any]] = []
+    chars = 0
     for batch in _batches(_documents(unit, config, rejected, counts), BATCH_DOCUMENTS):
         for document, passages in zip(batch, splitter([document.text for document in batch]), strict=True):
             _count(counts, passages)
             buffer += _rows(document, passages)
-        if len(buffer) >= PART_PASSAGES:
+        chars += sum(len(document.text) for document in batch)
+        if len(buffer) >= PART_PASSAGES or chars >= PART_CHARS:
             files.append(_put_part(storage, stem, buffer))
-            buffer = []
+            buffer, chars = [], 0
     if buffer:
         files.append(_put_part(storage, stem, buffer))
     if counts["rows"] != counts["documents"] + counts["rejected"]:
@@ -152,9 +157,29 @@ def check_quality(snapshot: SnapshotManifest, config: Config, root: str) -> None
         raise DataError(f"{config.corpus.uri}: no document in {rows} rows; check corpus.text and corpus.id")
 
 
-def parts(records: Iterable[Record]) -> list[DataFile]:
-    """Every part file of a snapshot, in a stable order."""
-    return [file for record in sorted(records, key=lambda record: record.unit) for file in record.files]
+def parts(storage: Storage, snapshot: SnapshotManifest) -> list[DataFile]:
+    """Every part file of a snapshot, by unit; raises VerificationError when a record is gone or the rows do not add up."""
+    files: list[DataFile] = []
+    for unit in snapshot.units:
+        record = load(Record, storage, f"{layout.PASSAGES}/{unit}.json")
+        if record is None:
+            raise VerificationError(f"{storage.at(layout.PASSAGES)}/{unit}.json: gone, the snapshot names it; run ingest again")
+        files += record.files
+    if (rows := sum(file.rows for file in files)) != snapshot.counts["passages"]:
+        raise VerificationError(
+            f"{storage.uri}: {rows} passages in snapshot {snapshot.snapshot}, it counts {snapshot.counts['passages']}"
+        )
+    return files
+
+
+def known_files(storage: Storage) -> tuple[InputFile, ...]:
+    """Input files of the live artifact's snapshot, whose content is known without reading."""
+    live = Log(storage).refresh().live
+    manifest = (
+        load(ArtifactManifest, storage, f"{layout.artifact(live.artifact)}/manifest.json") if live and live.artifact else None
+    )
+    snapshot = load(SnapshotManifest, storage, layout.snapshot(manifest.snapshot)) if manifest else None
+    return snapshot.files if snapshot else ()
 
 
 def live_keys(storage: Storage, files: Iterable[DataFile]) -> Keys:
@@ -168,12 +193,12 @@ def _content(info: FileInfo, seen: dict[tuple[str, int, str], str]) -> str:
     return known if known is not None else content_hash(info)
 
 
-def _row_group_runs(part: Slice, store: StoreConfig, unit_bytes: int) -> Iterator[Slice]:
+def _row_group_runs(part: Slice, store: StoreConfig) -> Iterator[Slice]:
     first, total = 0, 0
     sizes = row_group_bytes(part.uri, store)
     for group, size in enumerate(sizes):
         total += size
-        if total >= unit_bytes or group == len(sizes) - 1:
+        if total >= UNIT_BYTES or group == len(sizes) - 1:
             yield part.model_copy(update={"first_row_group": first, "end_row_group": group + 1})
             first, total = group + 1, 0
 

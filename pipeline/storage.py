@@ -25,6 +25,8 @@ from pipeline.fingerprint import sha256_file
 
 SCHEMES = {"file": None, "s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "adls", "az": "adls", "memory": None}
 """Allowed URI schemes and the extra that brings each (fsspec knows 55, ssh and http among them)."""
+REFUSALS = ("PreconditionFailed", "pre-conditions you specified", "ConditionalRequestConflict")
+"""How an S3 says that the object is already there (412) or being made by another (409)."""
 CLIENT_MODULES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs")
 
 
@@ -102,15 +104,7 @@ class Storage:
             raise ValueError(f"{path}: an empty object cannot be created exclusively (s3fs ignores the condition)")
         with self._explained("create", path):
             if not self.is_local:
-                try:
-                    self.fs.pipe_file(self.at(path), data, mode="create")
-                except FileExistsError:
-                    return False
-                except OSError as error:
-                    if "PreconditionFailed" in str(error) or "At least one of the pre-conditions" in str(error):
-                        return False
-                    raise
-                return True
+                return self._create_remote(path, data)
             temporary = self._write_temporary(path, data)
             try:
                 os.link(temporary, self.at(path))
@@ -120,6 +114,24 @@ class Storage:
                 temporary.unlink()
             _sync_folder(Path(self.at(path)).parent)
             return True
+
+    def _create_remote(self, path: str, data: bytes) -> bool:
+        """A client may retry a put whose answer was lost and be refused by its own object: reading back tells."""
+        try:
+            self.fs.pipe_file(self.at(path), data, mode="create")
+        except (FileExistsError, OSError) as error:
+            if not isinstance(error, FileExistsError) and not any(sign in str(error) for sign in REFUSALS):
+                raise
+            return cast(bytes, self.fs.cat_file(self.at(path))) == data
+        return True
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, None if there is none."""
+        try:
+            with self._explained("look for", path):
+                return int(self.fs.size(self.at(path)))
+        except FileNotFoundError:
+            return None
 
     def adopt(self, path: str, local: Path) -> None:
         """Move a finished local file here as one object, replacing any."""
@@ -167,6 +179,10 @@ class Storage:
         try:
             yield
         except FileNotFoundError as error:
+            if action in {"write", "create"}:
+                raise StorageError(
+                    f"{self.at(path)}: cannot {action} it, bucket or folder not found; check the root"
+                ) from error
             raise FileNotFoundError(f"{self.at(path)}: not found") from error
         except OSError as error:
             raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check path, credentials and space") from error
@@ -190,7 +206,7 @@ def list_files(uri: str, store: StoreConfig) -> list[FileInfo]:
             base = re.split(r"[*\[]", root, maxsplit=1)[0].rpartition("/")[0]
         else:
             found = storage.fs.find(root, detail=True)
-            base = root
+            base = root.rpartition("/")[0] if [_strip_scheme(root)] == [_strip_scheme(name) for name in found] else root
     prefix = _strip_scheme(base).rstrip("/") + "/"
     files = [
         FileInfo(_full_uri(name, storage), int(info["size"]), _stamp(name, info, storage))

@@ -50,9 +50,20 @@ def test_missing_and_huge_files_are_errors(tmp_path):
         load_config(big)
 
 
-def test_root_inside_corpus_is_refused():
+@pytest.mark.parametrize(
+    ("root", "corpus"),
+    [
+        ("/data/corpus/index", "/data/corpus"),
+        ("s3://b/c/i", "s3://b/c/"),
+        ("docs/i", "./docs"),
+        ("./x", "x"),
+        ("docs/i", "docs/*.txt"),
+        ("index", "."),
+    ],
+)
+def test_root_inside_corpus_is_refused(root, corpus):
     with pytest.raises(ConfigError, match="feed on itself"):
-        parse_config({"root": "/data/corpus/index", "corpus": {"uri": "/data/corpus"}})
+        parse_config({"root": root, "corpus": {"uri": corpus}})
 
 
 def test_secrets_do_not_show():

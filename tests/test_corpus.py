@@ -56,7 +56,7 @@ def test_jsonl_bom_crlf_and_blank_lines(tmp_path):
     assert [row.doc_id for row in read(tmp_path)] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.csv.gz", ",")])
 def test_delimited_keeps_ids_and_na_as_text(tmp_path, name, delimiter):
     lines = [["id", "text"], ["007", "NA"], ["1e5", '"a ""quoted""\nnewline"']]
     data = "\n".join(delimiter.join(line) for line in lines).encode()
@@ -178,3 +178,32 @@ def test_mixed_formats_and_unknown_endings_are_refused(tmp_path):
     (tmp_path / "only.bin").write_text("x")
     with pytest.raises(ConfigError, match=r"no file ends in \.parquet"):
         read(tmp_path / "only.bin")
+
+
+def test_tsv_has_no_quoting_so_no_row_swallows_the_next(tmp_path):
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"Hello world\n007\tNA\n3\tsays "x"\n')
+    assert [(row.doc_id, row.text) for row in read(tmp_path)] == [("1", '"Hello world'), ("007", "NA"), ("3", 'says "x"')]
+
+
+def test_csv_with_an_unclosed_quote_stops_the_run(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text\n1,"open\n2,b\n')
+    with pytest.raises(DataError, match=r"a\.csv: E_CSV"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "code"), [('"\\ud800"', "E_UTF8"), ("NaN", "E_TYPE")])
+def test_metadata_that_cannot_be_stored_rejects_its_row(tmp_path, value, code):
+    (tmp_path / "a.jsonl").write_text(f'{{"id": "a", "text": "x", "m": {value}}}\n{{"id": "b", "text": "y", "m": 1}}\n')
+    assert [getattr(row, "code", "ok") for row in read(tmp_path, metadata=("m",))] == [code, "ok"]
+
+
+def test_truncated_and_damaged_gzip_name_the_file(tmp_path):
+    packed = bytearray(gzip.compress(b"some text that is long enough to be packed " * 50))
+    (tmp_path / "a.txt.gz").write_bytes(packed[:-9])
+    with pytest.raises(DataError, match=r"a\.txt\.gz: E_COMPRESSION"):
+        read(tmp_path)
+    packed[len(packed) // 2] ^= 0xFF
+    packed[len(packed) // 2 + 1] ^= 0xFF
+    (tmp_path / "a.txt.gz").write_bytes(packed)
+    with pytest.raises(DataError, match=r"a\.txt\.gz: E_COMPRESSION"):
+        read(tmp_path)

@@ -111,3 +111,15 @@ def test_wrong_credentials_are_one_clear_error(s3):
     )
     with pytest.raises(StorageError, match="s3://test/x/a: cannot write it"):
         Storage("s3://test/x", store).put("a", b"1")
+
+
+def test_a_single_file_below_a_hidden_folder_is_input(storage):
+    storage.put(".cache/_exports/a.jsonl", b"x")
+    assert len(list_files(storage.at(".cache/_exports/a.jsonl"), storage._store)) == 1
+
+
+def test_create_that_landed_but_lost_its_answer_is_told_from_a_lost_race(s3, tmp_path):
+    storage = Storage(f"s3://test/lost-{tmp_path.name}", s3.store_config)
+    assert storage.create("x", b"mine")
+    assert storage.create("x", b"mine")  # the retry of a client that did not hear the answer
+    assert not storage.create("x", b"other")

@@ -13,14 +13,13 @@ import ray.data
 from pipeline import layout
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import EmbedUnit, TokenizedUnit, plan_embedding, put_embeddings, tokenize_unit
-from pipeline.errors import EncoderError
+from pipeline.errors import VecmillError
 from pipeline.job import Event, Job
 from pipeline.manifest import Record, SnapshotManifest, list_records
 from pipeline.model import EncoderSpec, TextTokenizer, find_model
 from pipeline.shards import KEY_DTYPE, Keys, read_keys
 from pipeline.snapshot import parts
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error
-from pipeline.stages.ingest import load_records
 from pipeline.storage import Storage
 
 MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
@@ -33,7 +32,7 @@ ACTOR_RESTARTS = 3
 
 def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     """Encode what the store lacks of a snapshot; returns how many passages that were."""
-    files = parts(load_records(job.storage, snapshot.units))
+    files = parts(job.storage, snapshot)
     part_keys = [(file, read_keys(job.storage, layout.PASSAGES, file)) for file in files]
     stored = stored_keys(
         job.embeddings, list(list_records(job.embeddings, job.embedding_folder).values()), job.embedding_folder
@@ -111,17 +110,17 @@ class EncoderActor:
     def __init__(self, spec: EncoderSpec, storage: Storage, folder: str, threads: int) -> None:
         from pipeline.encoder import Encoder
 
-        self._encoder: Encoder | EncoderError
+        self._encoder: Encoder | VecmillError
         try:
             self._encoder = Encoder(spec, threads=threads)
-        except EncoderError as error:  # raised by the first call: Ray keeps only the text of an error in a constructor
+        except VecmillError as error:  # raised by the first call: Ray keeps only the text of an error in a constructor
             self._encoder = error
         self._storage = storage
         self._folder = folder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Encode one tokenized unit, write its shard and record."""
-        if isinstance(self._encoder, EncoderError):
+        if isinstance(self._encoder, VecmillError):
             raise self._encoder
         started = time.perf_counter()
         unit = TokenizedUnit(

@@ -9,13 +9,12 @@ from pipeline.manifest import Evaluation, MergeRecord, Record, SnapshotManifest,
 from pipeline.shards import Keys, read_keys
 from pipeline.snapshot import live_keys, parts
 from pipeline.stages.cluster import Cluster, run_all, run_one
-from pipeline.stages.ingest import load_records
 
 
 def train(job: Job, snapshot: SnapshotManifest, cluster: Cluster, live: TrainedManifest | None) -> tuple[TrainedManifest, bool]:
     """The trained index for a snapshot, and whether it is new: that of the ``live`` artifact is kept while it fits."""
     known = {path.rpartition("/")[2] for path in job.storage.list(layout.TRAINED)}
-    trained: TrainedManifest = run_one(_train, _plain(job), snapshot, live, cluster.node_cpus, cpus=cluster.node_cpus)
+    trained: TrainedManifest = run_one(_train, _plain(job), snapshot, live, cluster.node_cpus, cpus=1)
     reused = trained.trained in known
     size = "" if trained.kind == "flat" else f", nlist {trained.nlist}, m {trained.m}, {trained.nbits} bits"
     job.say(Event("train", f"{'reused' if reused else 'chosen'}: {trained.kind}{size}; {trained.why}", 1, 1))
@@ -54,7 +53,7 @@ def evaluate(
     job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, merged: MergeRecord, cluster: Cluster
 ) -> Evaluation:
     """Recall of the merged index."""
-    found: Evaluation = run_one(_evaluate, _plain(job), snapshot, merged, trained, cluster.node_cpus, cpus=cluster.node_cpus)
+    found: Evaluation = run_one(_evaluate, _plain(job), snapshot, merged, trained, cluster.node_cpus, cpus=1)
     interval = f"{found.recall:.4f} (95 % {found.recall_low:.4f} to {found.recall_high:.4f})"
     setting = f"nprobe {found.point.nprobe}, rescore {found.point.rescore}" if trained.nlist else "exact"
     job.say(Event("evaluate", f"recall@{found.k} {interval} over {found.queries} {found.source}, {setting}", 1, 1))
@@ -78,7 +77,7 @@ def _add(job: Job, record: Record, trained: TrainedManifest) -> Record:
 def _merge(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, version: str) -> MergeRecord:
     index.set_threads(1)
     live = _live(job, snapshot)
-    files = parts(load_records(job.storage, snapshot.units))
+    files = parts(job.storage, snapshot)
     return indexing.merge(job, version, files, _shards(job, live), trained, live)
 
 
@@ -88,7 +87,7 @@ def _evaluate(job: Job, snapshot: SnapshotManifest, merged: MergeRecord, trained
 
 
 def _live(job: Job, snapshot: SnapshotManifest) -> Keys:
-    return live_keys(job.storage, parts(load_records(job.storage, snapshot.units)))
+    return live_keys(job.storage, parts(job.storage, snapshot))
 
 
 def _records(job: Job) -> list[Record]:

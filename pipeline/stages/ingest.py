@@ -9,11 +9,19 @@ import ray.data
 from pipeline import layout
 from pipeline.config import Config
 from pipeline.job import Event, Job
-from pipeline.log import Log
-from pipeline.manifest import ArtifactManifest, InputFile, Record, SnapshotManifest, load, to_bytes
+from pipeline.manifest import Record, SnapshotManifest, load, to_bytes
 from pipeline.model import EncoderSpec, TextTokenizer, find_model
 from pipeline.passages import Splitter
-from pipeline.snapshot import IngestUnit, build_snapshot, check_quality, identify_files, ingest_unit, limited, plan_units
+from pipeline.snapshot import (
+    IngestUnit,
+    build_snapshot,
+    check_quality,
+    identify_files,
+    ingest_unit,
+    known_files,
+    limited,
+    plan_units,
+)
 from pipeline.stages.cluster import own_error
 from pipeline.storage import Storage
 
@@ -31,24 +39,9 @@ def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     return snapshot
 
 
-def known_files(storage: Storage) -> tuple[InputFile, ...]:
-    """Input files of the live artifact's snapshot, whose content is known without reading."""
-    live = Log(storage).refresh().live
-    manifest = (
-        load(ArtifactManifest, storage, f"{layout.artifact(live.artifact)}/manifest.json") if live and live.artifact else None
-    )
-    snapshot = load(SnapshotManifest, storage, layout.snapshot(manifest.snapshot)) if manifest else None
-    return snapshot.files if snapshot else ()
-
-
-def load_records(storage: Storage, units: tuple[str, ...]) -> list[Record]:
-    """Records of the finished units among the named ones."""
-    found = (load(Record, storage, f"{layout.PASSAGES}/{unit}.json") for unit in units)
-    return [record for record in found if record is not None]
-
-
 def _records(job: Job, units: list[IngestUnit]) -> list[Record]:
-    records = load_records(job.storage, tuple(unit.name for unit in units))
+    found = (load(Record, job.storage, f"{layout.PASSAGES}/{unit.name}.json") for unit in units)
+    records = [record for record in found if record is not None]
     finished = {record.unit for record in records}
     missing = [unit for unit in units if unit.name not in finished]
     return records + (_run(job, missing) if missing else [])

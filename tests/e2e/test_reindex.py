@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.live import open_live, open_uri
 from pipeline.log import Log
 from pipeline.run import embed_only, ingest_only, reindex
+from pipeline.snapshot import parts
 from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 
@@ -318,3 +319,50 @@ def test_text_files_parquet_and_csv_end_to_end(tmp_path):
         config = make_config(tmp_path / f"root-{name}", tmp_path / name, corpus=corpus)
         assert reindex(config).live.counts["documents"] == 12
         assert search(config, rows[4]["text"], 1)[0].doc_id == expected
+
+
+def test_damaged_live_artifact_is_built_anew(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(20))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    first = reindex(config)
+    (tmp_path / "root" / layout.artifact(first.live.version) / "index.faiss").unlink()
+    with pytest.raises(VerificationError, match=r"index\.faiss: missing"):
+        open_live(config)
+    second = reindex(config)
+    assert (second.encoded, second.committed) == (0, True)
+    assert second.live.version != first.live.version
+    (tmp_path / "root" / layout.artifact(second.live.version) / "manifest.json").unlink()
+    assert reindex(config).committed
+    assert search(config, sentences(20)[3]["text"], 1)[0].doc_id == "d3"
+
+
+def test_lost_ingest_record_stops_the_index_from_shrinking(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(20))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    snapshot = ingest_only(config)
+    storage = Storage(config.root)
+    (tmp_path / "root" / "passages" / f"{snapshot.units[0]}.json").unlink()
+    with pytest.raises(VerificationError, match="gone, the snapshot names it"):
+        parts(storage, snapshot)
+
+
+def test_more_answers_than_the_lists_visited_hold(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(400))
+    index = {"kind": "ivfpq", "nlist": 10, "m": 32, "target_recall": 0.01}
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index=index)
+    assert reindex(config).live.evaluation.point.nprobe == 1
+    assert len(search(config, "a note on the harbour", 350)) == 350
+
+
+def test_changed_target_recall_is_measured_again(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(400))
+    low = {"kind": "ivfpq", "nlist": 10, "m": 32, "target_recall": 0.01}
+    reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=low))
+    outcome = reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=low | {"target_recall": 0.99}))
+    assert (outcome.encoded, outcome.trained, outcome.index_shards, outcome.committed) == (0, False, 0, True)
+    assert outcome.live.evaluation.recall >= 0.99
+
+
+def test_memory_root_is_refused():
+    with pytest.raises(ConfigError, match="memory://"):
+        reindex(make_config("memory://root", "/nowhere"))
