@@ -8,7 +8,7 @@ from rich.table import Table
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.live import open_live, query_spec
+from pipeline.live import open_live
 
 
 @command
@@ -31,7 +31,7 @@ def evaluate(
         raise ConfigError("evaluate: give --queries and --qrels, or set evaluation.queries and evaluation.qrels")
     opened = open_live(settings)
     judged = read_qrels(qrels, settings.store)
-    vectors = encode_queries(query_spec(opened, settings), queries, settings.store, only=judged.keys())
+    vectors = encode_queries(opened.spec, queries, settings.store, only=judged.keys())
     metrics = labelled(opened.searcher, vectors, judged)
     if as_json:
         print_json(metrics)

@@ -17,6 +17,7 @@ from pipeline.searcher import Hit
 MIN_TEXT_CHARS = 20
 ID_CHARS = 48
 SOURCE_CHARS = 40
+NOTHING_NAMED = "give -c FILE for the live artifact, or --artifact URI"
 
 OptionalConfig = Annotated[str | None, typer.Option("--config", "-c", help="Config file, YAML")]
 ArtifactOption = Annotated[str | None, typer.Option("--artifact", help="URI of an artifact folder, instead of the live one")]
@@ -48,13 +49,11 @@ def search(
 
 def open_artifact(config: str | None, overrides: list[str] | None, artifact: str | None) -> tuple[Config | None, Opened]:
     """The artifact that the options name: ``--artifact``, else the live one of the config."""
-    if config is None and artifact is None:
-        raise ConfigError("give -c FILE for the live artifact, or --artifact URI")
     settings = load_config(config, tuple(overrides or ())) if config else None
     if artifact is not None:
         return settings, open_uri(artifact, settings.search if settings else None, settings.store if settings else None)
     if settings is None:
-        raise ConfigError("give -c FILE for the live artifact, or --artifact URI")
+        raise ConfigError(NOTHING_NAMED)
     return settings, open_live(settings)
 
 

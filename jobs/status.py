@@ -5,13 +5,12 @@ from typing import Any
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline import layout
 from pipeline.artifact import MANIFEST
 from pipeline.config import Config, load_config
 from pipeline.job import plan_job
 from pipeline.log import Log
 from pipeline.manifest import ArtifactManifest, load
-from pipeline.snapshot import identify_files, known_files, plan_units
+from pipeline.snapshot import count_done, identify_files, known_files, plan_units
 from pipeline.storage import Storage
 
 
@@ -69,8 +68,7 @@ def _next(settings: Config, storage: Storage) -> dict[str, int]:
     job = plan_job(settings, precision="fp32")
     files = identify_files(settings, known_files(storage))
     units = plan_units(files, settings, job.spec.space)
-    done = sum(storage.exists(f"{layout.PASSAGES}/{unit.name}.json") for unit in units)
-    return {"files": len(files), "units": len(units), "units_to_ingest": len(units) - done}
+    return {"files": len(files), "units": len(units), "units_to_ingest": len(units) - count_done(storage, units)}
 
 
 def _show(found: dict[str, Any]) -> None:

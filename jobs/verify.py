@@ -1,13 +1,12 @@
 """``vecmill verify``: every byte of an artifact against its manifest."""
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
-from jobs.search import ArtifactOption, OptionalConfig
+from jobs.search import NOTHING_NAMED, ArtifactOption, OptionalConfig
 from pipeline import artifact as artifacts
 from pipeline import layout
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.log import Log
-from pipeline.publish import live_artifact
+from pipeline.publish import require_live
 from pipeline.storage import Storage
 
 
@@ -26,12 +25,9 @@ def verify(
         manifest = artifacts.verify(Storage(artifact, store), "")
     elif settings is not None:
         storage = Storage(settings.root, store)
-        live = live_artifact(storage, Log(storage).refresh().live)
-        if live is None:
-            raise ConfigError(f"{storage.uri}: nothing is live here; run vecmill reindex first")
-        manifest = artifacts.verify(storage, layout.artifact(live.version))
+        manifest = artifacts.verify(storage, layout.artifact(require_live(storage).version))
     else:
-        raise ConfigError("give -c FILE for the live artifact, or --artifact URI")
+        raise ConfigError(NOTHING_NAMED)
     size_bytes = sum(file.size_bytes for file in manifest.files.values())
     if as_json:
         print_json({"artifact": manifest.version, "files": len(manifest.files) + 1, "bytes": size_bytes, "ok": True})

@@ -68,13 +68,13 @@ def trained_name(job: Job, plan: index.IndexPlan, live: Keys) -> tuple[str, reca
     return fingerprint({"train": 1, "encoder": job.spec.fingerprint, "plan": what, "sample": keys_hash, "seed": seed}), sample
 
 
-def train(job: Job, plan: index.IndexPlan, shards: Sequence[LiveShard], live: Keys) -> TrainedManifest:
-    """Train an index on a uniform sample of the live embeddings, or find it done. Flat needs no training."""
+def train(job: Job, plan: index.IndexPlan, shards: Sequence[LiveShard], live: Keys) -> tuple[TrainedManifest, bool]:
+    """Train an index on a uniform sample of the live embeddings, or find it done; and whether it is new."""
     started = time.perf_counter()
     name, sample = trained_name(job, plan, live)
     path = f"{layout.trained(name)}/manifest.json"
     if (found := load(TrainedManifest, job.storage, path)) is not None:
-        return found
+        return found, False
     file = None
     if plan.kind == "ivfpq":
         vectors = _sample_vectors(job, shards, sample)
@@ -91,7 +91,7 @@ def train(job: Job, plan: index.IndexPlan, shards: Sequence[LiveShard], live: Ke
         **asdict(plan),
     )
     job.storage.create(path, to_bytes(manifest))
-    return load(TrainedManifest, job.storage, path) or manifest
+    return load(TrainedManifest, job.storage, path) or manifest, True
 
 
 def index_request(config: Config) -> dict[str, Any]:

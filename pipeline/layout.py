@@ -8,7 +8,11 @@ LOG = "log"
 BEATS = "beats"
 PASSAGES = "passages"
 EMBEDDINGS = "embeddings"
-TRAINED = "trained"
+
+
+def ingest_record(unit: str) -> str:
+    """The record of one ingest unit."""
+    return f"{PASSAGES}/{unit}.json"
 
 
 def snapshot(snapshot_id: str) -> str:
@@ -18,7 +22,7 @@ def snapshot(snapshot_id: str) -> str:
 
 def trained(fingerprint: str) -> str:
     """The folder of one trained index."""
-    return f"{TRAINED}/{fingerprint}"
+    return f"trained/{fingerprint}"
 
 
 def index_shards(trained_fingerprint: str) -> str:

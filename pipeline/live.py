@@ -12,10 +12,9 @@ from pipeline.artifact import MANIFEST, read_manifest, verify
 from pipeline.config import Config, SearchConfig, StoreConfig
 from pipeline.errors import ConfigError, StorageError, VerificationError
 from pipeline.fingerprint import sha256
-from pipeline.log import Log
 from pipeline.manifest import ArtifactManifest
 from pipeline.model import EncoderSpec, resolve_spec
-from pipeline.publish import live_artifact
+from pipeline.publish import require_live
 from pipeline.searcher import Searcher
 from pipeline.storage import Storage
 
@@ -32,9 +31,7 @@ class Opened:
 def open_live(config: Config) -> Opened:
     """Open what the last commit names; the config's encoder must be of its space. ConfigError where nothing is live."""
     storage = Storage(config.root, config.store)
-    manifest = live_artifact(storage, Log(storage).refresh().live)
-    if manifest is None:
-        raise ConfigError(f"{storage.uri}: nothing is live here; run vecmill reindex first")
+    manifest = require_live(storage)
     spec = _config_spec(config, manifest)
     folder = _local_folder(storage, layout.artifact(manifest.version), config.search)
     return Opened(manifest, Searcher(folder, manifest.dim, _point(manifest, config.search)), spec)

@@ -9,14 +9,14 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline import index, layout
+from pipeline import index
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents
 from pipeline.errors import DataError
 from pipeline.formats import Slice, count_rows
 from pipeline.job import Job
 from pipeline.model import TextTokenizer
 from pipeline.passages import KEY_BYTES, Splitter
-from pipeline.snapshot import IngestUnit, identify_files, known_files, plan_units
+from pipeline.snapshot import count_done, identify_files, known_files, plan_units
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
@@ -79,7 +79,7 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
         input_bytes=sum(file.size_bytes for file, _ in files),
         formats=tuple(sorted({kind for _, kind in files})),
         units=len(units),
-        units_done=sum(_is_done(job, unit) for unit in units),
+        units_done=count_done(job.storage, units),
         documents=documents,
         sampled_documents=len(sample),
         sampled_rejected=rejected,
@@ -121,7 +121,3 @@ def _sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], in
         rows += first[:: max(1, len(first) // each)][:each]
     documents = [row for row in rows if isinstance(row, SourceDocument)]
     return documents, len(rows) - len(documents)
-
-
-def _is_done(job: Job, unit: IngestUnit) -> bool:
-    return job.storage.exists(f"{layout.PASSAGES}/{unit.name}.json")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from pipeline import __version__, layout
 from pipeline.artifact import MANIFEST, read_manifest
-from pipeline.errors import VerificationError
+from pipeline.errors import ConfigError, VerificationError
 from pipeline.fingerprint import fingerprint, sha256
 from pipeline.job import Event, Job
 from pipeline.log import Lease, Log, LogEntry
@@ -37,7 +37,7 @@ def content_name(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest)
 def usable_live(job: Job) -> ArtifactManifest | None:
     """The live artifact, or None where there is none or it is damaged: then it is built anew, which ``say`` tells."""
     try:
-        manifest = live_artifact(job.storage, Log(job.storage).refresh().live)
+        manifest = live_artifact(job.storage)
         for name, file in manifest.files.items() if manifest else ():
             path = f"{layout.artifact(manifest.version)}/{name}" if manifest else ""
             if job.storage.size(path) != file.size_bytes:
@@ -48,8 +48,9 @@ def usable_live(job: Job) -> ArtifactManifest | None:
     return manifest
 
 
-def live_artifact(storage: Storage, entry: LogEntry | None) -> ArtifactManifest | None:
-    """Manifest of the artifact that a commit names, its hash checked; None without a commit."""
+def live_artifact(storage: Storage) -> ArtifactManifest | None:
+    """Manifest of the artifact that the last commit names, its hash checked; None without a commit."""
+    entry = Log(storage).refresh().live
     if entry is None or entry.artifact is None:
         return None
     path = f"{layout.artifact(entry.artifact)}/{MANIFEST}"
@@ -64,6 +65,14 @@ def live_artifact(storage: Storage, entry: LogEntry | None) -> ArtifactManifest 
             f"{storage.at(path)}: its bytes are not those of commit {entry.number}; restore it or roll back"
         )
     return read_manifest(data, storage.at(path))
+
+
+def require_live(storage: Storage) -> ArtifactManifest:
+    """The live artifact's manifest; raises ConfigError where nothing is live."""
+    manifest = live_artifact(storage)
+    if manifest is None:
+        raise ConfigError(f"{storage.uri}: nothing is live here; run vecmill reindex first")
+    return manifest
 
 
 def write_manifest(

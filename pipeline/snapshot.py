@@ -157,13 +157,18 @@ def check_quality(snapshot: SnapshotManifest, config: Config, root: str) -> None
         raise DataError(f"{config.corpus.uri}: no document in {rows} rows; check corpus.text and corpus.id")
 
 
+def count_done(storage: Storage, units: Iterable[IngestUnit]) -> int:
+    """How many of the units have their record, and so need not be read again."""
+    return sum(storage.exists(layout.ingest_record(unit.name)) for unit in units)
+
+
 def parts(storage: Storage, snapshot: SnapshotManifest) -> list[DataFile]:
     """Every part file of a snapshot, by unit; raises VerificationError when a record is gone or the rows do not add up."""
     files: list[DataFile] = []
     for unit in snapshot.units:
-        record = load(Record, storage, f"{layout.PASSAGES}/{unit}.json")
+        record = load(Record, storage, layout.ingest_record(unit))
         if record is None:
-            raise VerificationError(f"{storage.at(layout.PASSAGES)}/{unit}.json: gone, the snapshot names it; run ingest again")
+            raise VerificationError(f"{storage.at(layout.ingest_record(unit))}: gone, the snapshot names it; run ingest again")
         files += record.files
     if (rows := sum(file.rows for file in files)) != snapshot.counts["passages"]:
         raise VerificationError(

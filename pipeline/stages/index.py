@@ -13,12 +13,11 @@ from pipeline.stages.cluster import Cluster, run_all, run_one
 
 def train(job: Job, snapshot: SnapshotManifest, cluster: Cluster, live: TrainedManifest | None) -> tuple[TrainedManifest, bool]:
     """The trained index for a snapshot, and whether it is new: that of the ``live`` artifact is kept while it fits."""
-    known = {path.rpartition("/")[2] for path in job.storage.list(layout.TRAINED)}
-    trained: TrainedManifest = run_one(_train, _plain(job), snapshot, live, cluster.node_cpus, cpus=1)
-    reused = trained.trained in known
+    trained: TrainedManifest
+    trained, is_new = run_one(_train, _plain(job), snapshot, live, cluster.node_cpus, cpus=1)
     size = "" if trained.kind == "flat" else f", nlist {trained.nlist}, m {trained.m}, {trained.nbits} bits"
-    job.say(Event("train", f"{'reused' if reused else 'chosen'}: {trained.kind}{size}; {trained.why}", 1, 1))
-    return trained, not reused
+    job.say(Event("train", f"{'chosen' if is_new else 'reused'}: {trained.kind}{size}; {trained.why}", 1, 1))
+    return trained, is_new
 
 
 def add(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest) -> int:
@@ -60,12 +59,14 @@ def evaluate(
     return found
 
 
-def _train(job: Job, snapshot: SnapshotManifest, live_trained: TrainedManifest | None, threads: int) -> TrainedManifest:
+def _train(
+    job: Job, snapshot: SnapshotManifest, live_trained: TrainedManifest | None, threads: int
+) -> tuple[TrainedManifest, bool]:
     index.set_threads(threads)
     live = _live(job, snapshot)
     plan = index.choose(job.config.index, len(live), job.spec.dim)
     if live_trained is not None and indexing.may_reuse(live_trained, plan, job, len(live)):
-        return live_trained
+        return live_trained, False
     return indexing.train(job, plan, _shards(job, live), live)
 
 

@@ -40,7 +40,7 @@ def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
 
 
 def _records(job: Job, units: list[IngestUnit]) -> list[Record]:
-    found = (load(Record, job.storage, f"{layout.PASSAGES}/{unit.name}.json") for unit in units)
+    found = (load(Record, job.storage, layout.ingest_record(unit.name)) for unit in units)
     records = [record for record in found if record is not None]
     finished = {record.unit for record in records}
     missing = [unit for unit in units if unit.name not in finished]
