@@ -1,12 +1,12 @@
 """``vecmill plan``: the dry run."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
 from pipeline.job import Job, plan_job
 from pipeline.planning import Plan, make_plan
 
@@ -16,19 +16,17 @@ def plan(
     config: ConfigOption, overrides: SetOption = None, as_json: JsonOption = False, verbose: VerboseOption = False
 ) -> None:
     """Show what a reindex would read, build and cost; writes nothing."""
-    job = plan_job(load_config(config, tuple(overrides or ())), precision="fp32")
-    found, job = _plan(job)
+    found, job = _plan(load_config(config, tuple(overrides or ())))
     if as_json:
         print_json(asdict(found))
     else:
         _show(found, job)
 
 
-def _plan(job: Job) -> tuple[Plan, Job]:
-    from pipeline.encoder import measure_rate, resolve_here
+def _plan(config: Config) -> tuple[Plan, Job]:
+    from pipeline.encoder import measure_rate, on_gpu
 
-    precision = resolve_here(job.config.encoder.precision)
-    job = replace(job, spec=replace(job.spec, precision=precision))
+    job = plan_job(config, on_gpu=on_gpu())
 
     def calibrate(texts: Sequence[str]) -> float:
         return measure_rate(job.spec, texts)

@@ -65,7 +65,7 @@ def _artifacts(storage: Storage) -> list[dict[str, Any]]:
 
 def _next(settings: Config, storage: Storage) -> dict[str, int]:
     """Input files and the ingest units that the next reindex would have to read."""
-    job = plan_job(settings, precision="fp32")
+    job = plan_job(settings, on_gpu=False)
     files = identify_files(settings, known_files(storage))
     units = plan_units(files, settings, job.spec.space)
     return {"files": len(files), "units": len(units), "units_to_ingest": len(units) - count_done(storage, units)}

@@ -71,6 +71,9 @@ class EncoderConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: fp16 on CUDA, bf16 on CPUs with native bf16, else fp32"
     )
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What computes: auto is openvino for transformers on CPUs where it is installed, else torch"
+    )
 
 
 class IndexConfig(Section):

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 from pipeline import layout
 from pipeline.config import Config
-from pipeline.model import EncoderSpec, ModelFolder, resolve_spec
+from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
+from pipeline.numerics import resolve_backend, resolve_precision
 from pipeline.storage import Storage
 
 
@@ -47,9 +48,13 @@ class Job:
         return self.spec.fingerprint
 
 
-def plan_job(config: Config, *, precision: str, say: Say = lambda _: None) -> Job:
-    """Resolve the encoder and open the storages; ``precision`` is a resolved one. Writes nothing."""
-    spec, model = resolve_spec(**config.encoder.model_dump(exclude={"precision"}), precision=precision)
+def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
+    """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing."""
+    precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu)
+    folder = find_model(config.encoder.model, config.encoder.revision)
+    backend = resolve_backend(config.encoder.backend, folder, on_gpu=on_gpu)
+    settings = config.encoder.model_dump(exclude={"precision", "backend"})
+    spec, model = resolve_spec(**settings, precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
     store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"

@@ -49,7 +49,7 @@ def open_uri(uri: str, search: SearchConfig | None = None, store: StoreConfig | 
 
 
 def _config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
-    settings = config.encoder.model_dump(exclude={"precision"})
+    settings = config.encoder.model_dump(exclude={"precision", "backend"})
     spec, _ = resolve_spec(**settings, precision=manifest.encoder["precision"])
     if spec.space != manifest.encoder["space"]:
         raise ConfigError(

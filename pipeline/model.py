@@ -31,7 +31,7 @@ tokenizer 17 s and 1.5 GB even with truncation on (measured, tokenizers 0.23).""
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Everything that changes a vector. ``space``: hash of model files, prompt and max tokens; ``precision`` is resolved."""
+    """Everything that changes a vector. ``space``: hash of model files, prompt, max tokens. Precision, backend: resolved."""
 
     model: str
     revision: str | None
@@ -41,11 +41,12 @@ class EncoderSpec:
     dim: int
     precision: str
     space: str
+    backend: str = "torch"
 
     @property
     def fingerprint(self) -> str:
         """Name of the embedding store: space and numerics. The query prompt changes no stored vector."""
-        return fingerprint({"space": self.space, "precision": self.precision, "backend": "torch"})
+        return fingerprint({"space": self.space, "precision": self.precision, "backend": self.backend})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for manifests and Ray."""
@@ -61,18 +62,8 @@ class ModelFolder:
     max_seq_length: int
     dim: int
     files_hash: str
-
-
-def resolve_precision(precision: str, *, on_gpu: bool) -> str:
-    """``auto`` -> the fastest native arithmetic: fp16 on CUDA, bf16 on CPUs with native bf16, else fp32.
-
-    Raises ConfigError for fp16 without CUDA.
-    """
-    if precision == "auto":
-        return "fp16" if on_gpu else "bf16" if _native_bf16() else "fp32"
-    if precision == "fp16" and not on_gpu:
-        raise ConfigError("encoder.precision: fp16 needs CUDA encoders; use auto, bf16 or fp32")
-    return precision
+    traceable: bool
+    """Whether a graph of (ids, mask) can say it all: a transformer, pooled over every token."""
 
 
 def find_model(model: str, revision: str | None = None) -> ModelFolder:
@@ -89,7 +80,9 @@ def find_model(model: str, revision: str | None = None) -> ModelFolder:
         raise EncoderError(f"{path}: no .safetensors weights; convert them (pickled weights can run code when loaded)")
     settings = _read_json(path / "config_sentence_transformers.json", missing={})
     prompts = {name: str(text) for name, text in (settings.get("prompts") or {}).items()}
-    return ModelFolder(path, prompts, _max_seq_length(path, modules), _dim(path, modules), _hash_files(str(path)))
+    return ModelFolder(
+        path, prompts, _max_seq_length(path, modules), _dim(path, modules), _hash_files(str(path)), _traceable(path, modules)
+    )
 
 
 def resolve_spec(
@@ -100,8 +93,9 @@ def resolve_spec(
     query_prompt: str | None = None,
     max_tokens: int | None = None,
     precision: str = "fp32",
+    backend: str = "torch",
 ) -> tuple[EncoderSpec, ModelFolder]:
-    """Fill in what the model itself says: prompts, max tokens, identity. ``precision`` is a resolved one."""
+    """Fill in what the model itself says: prompts, max tokens, identity. ``precision`` and ``backend`` are resolved ones."""
     folder = find_model(model, revision)
     document = folder.prompts.get("document", "") if document_prompt is None else document_prompt
     query = folder.prompts.get("query", "") if query_prompt is None else query_prompt
@@ -109,7 +103,7 @@ def resolve_spec(
     if limit > folder.max_seq_length and (position := _max_positions(folder.path)) < limit:
         raise ConfigError(f"encoder.max_tokens: {limit}, but {model} has {position} positions; lower it")
     space = fingerprint({"files": folder.files_hash, "document_prompt": document, "max_tokens": limit, "normalize": True})
-    return EncoderSpec(model, revision, document, query, limit, folder.dim, precision, space), folder
+    return EncoderSpec(model, revision, document, query, limit, folder.dim, precision, space, backend), folder
 
 
 class TextTokenizer:
@@ -187,13 +181,6 @@ class TextTokenizer:
         return len(self._encode([prompt])[0].ids) - len(self._frame[1]) if prompt else 0
 
 
-def _native_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself (x86: AVX512-BF16 or AMX, Arm: bf16), as Linux lists its features."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
 def _locate(model: str, revision: str | None) -> Path:
     if model.startswith("package:"):
         package, _, folder = model.removeprefix("package:").partition("/")
@@ -261,6 +248,13 @@ def _dim(path: Path, modules: list[dict[str, str]]) -> int:
                 name = next(iter(set(weights.keys()) & {"embedding.weight", "embeddings"}))
                 return int(weights.get_slice(name).get_shape()[1])
     raise EncoderError(f"{path}: no module states the dimension of its vectors; save the model with model.save()")
+
+
+def _traceable(path: Path, modules: list[dict[str, str]]) -> bool:
+    kinds = {module["type"].rpartition(".")[2]: path / module["path"] for module in modules}
+    pooling = _read_json(kinds["Pooling"] / "config.json", missing={}) if "Pooling" in kinds else {}
+    known = {"Transformer", "Pooling", "Dense", "Normalize"}
+    return "Transformer" in kinds and kinds.keys() <= known and pooling.get("include_prompt", True) is True
 
 
 def _max_positions(path: Path) -> int:

@@ -16,7 +16,6 @@ from pipeline.evaluation import read_queries
 from pipeline.job import Event, Job, Say, plan_job
 from pipeline.log import Lease, writing
 from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
-from pipeline.model import resolve_precision
 from pipeline.stages import index as stages
 from pipeline.stages.cluster import Cluster, connected
 from pipeline.stages.embed import embed
@@ -76,8 +75,7 @@ def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
     if config.evaluation.queries:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
     with connected(config.compute) as cluster:
-        precision = resolve_precision(config.encoder.precision, on_gpu=cluster.gpus_per_encoder(config.compute) > 0)
-        job = plan_job(config, precision=precision, say=say)
+        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=say)
         with writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: say(Event("lock", text))) as lease:
             yield job, lease, cluster
 

@@ -12,6 +12,7 @@ DOORS = {
     "ray": {"stages"},
     "faiss": {"index"},
     "torch": {"encoder"},
+    "openvino": {"openvino_engine"},
     "sentence_transformers": {"encoder"},
     "transformers": {"encoder"},
     "tokenizers": {"model"},
@@ -19,7 +20,7 @@ DOORS = {
     "ir_measures": {"evaluation"},
     "yaml": {"config"},
 }
-ENCODER_NEEDS = {"pipeline.encoder", "pipeline.model", "pipeline.errors", "pipeline.fingerprint"}
+ENCODER_NEEDS = {f"pipeline.{name}" for name in ("encoder", "openvino_engine", "model", "numerics", "errors", "fingerprint")}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

@@ -9,7 +9,8 @@ from sentence_transformers import SentenceTransformer
 from jobs.demo_corpus import docstrings
 from pipeline.encoder import Encoder, load_query_encoder, pack_batches
 from pipeline.errors import EncoderError
-from pipeline.model import resolve_precision, resolve_spec
+from pipeline.model import resolve_spec
+from pipeline.numerics import resolve_precision
 from tests.conftest import MINILM
 
 ODD = [
@@ -34,16 +35,17 @@ def reference(texts, minilm):
     return model.encode_document(texts, convert_to_numpy=True, normalize_embeddings=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 0.999999), ("bf16", 0.9999)])
-def test_vectors_equal_those_of_sentence_transformers(texts, reference, precision, limit):
+def test_vectors_equal_those_of_sentence_transformers(texts, reference, precision, limit, backend):
     if precision == "bf16" and resolve_precision("auto", on_gpu=False) != "bf16":
         pytest.skip("this CPU has no native bf16")
-    encoder = Encoder(resolve_spec(model=MINILM, precision=precision)[0])
+    encoder = Encoder(resolve_spec(model=MINILM, precision=precision, backend=backend)[0])
     vectors = encoder.encode_documents(texts)
     assert vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     cosine = (vectors * reference).sum(axis=1)
-    print(f"{precision}: cosine mean {cosine.mean():.7f}, minimum {cosine.min():.7f}")
+    print(f"{backend} {precision}: cosine mean {cosine.mean():.7f}, minimum {cosine.min():.7f}")
     assert cosine.mean() >= limit
     assert cosine.min() >= (0.999 if precision == "bf16" else limit)
 
@@ -53,9 +55,10 @@ def test_stored_half_precision_keeps_the_cosine(reference):
     assert ((stored * reference).sum(axis=1) / np.linalg.norm(stored, axis=1)).min() >= 0.999999
 
 
-def test_prompts_are_those_of_sentence_transformers(minilm):
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_prompts_are_those_of_sentence_transformers(minilm, backend):
     model = SentenceTransformer(str(minilm[1].path), device="cpu", prompts={"query": "query: ", "document": "passage: "})
-    encoder = Encoder(resolve_spec(model=MINILM, query_prompt="query: ", document_prompt="passage: ")[0])
+    encoder = Encoder(resolve_spec(model=MINILM, query_prompt="query: ", document_prompt="passage: ", backend=backend)[0])
     texts = ["what is it", "a longer text about it"]
     for ours, theirs in (
         (encoder.encode_queries(texts), model.encode_query(texts)),
@@ -64,8 +67,9 @@ def test_prompts_are_those_of_sentence_transformers(minilm):
         assert (ours * theirs).sum(axis=1).min() > 0.999999
 
 
-def test_order_and_neighbours_do_not_matter(minilm):
-    encoder = Encoder(minilm[0])
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_order_and_neighbours_do_not_matter(minilm, backend):
+    encoder = Encoder(replace(minilm[0], backend=backend))
     texts = ["one", "two words", "x " * 500, "three small words", "", "y " * 100]
     together = encoder.encode_documents(texts)
     alone = np.concatenate([encoder.encode_documents([text]) for text in texts])

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 from sentence_transformers import SentenceTransformer
 
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.model import TextTokenizer, find_model, resolve_precision, resolve_spec
+from pipeline.model import TextTokenizer, find_model, resolve_spec
+from pipeline.numerics import resolve_backend, resolve_precision
 from tests.conftest import MINILM
 
 TEXTS = [
@@ -95,6 +97,29 @@ def test_fp16_needs_cuda():
     assert resolve_precision("auto", on_gpu=False) in {"bf16", "fp32"}
     with pytest.raises(ConfigError, match="fp16 needs CUDA"):
         resolve_precision("fp16", on_gpu=False)
+
+
+def test_auto_backend_is_openvino_for_transformers_on_a_cpu(tmp_path, minilm):
+    import shutil
+
+    folder = minilm[1]
+    assert resolve_backend("auto", folder, on_gpu=False) == "openvino"
+    assert resolve_backend("auto", folder, on_gpu=True) == "torch"
+    assert resolve_backend("torch", folder, on_gpu=False) == "torch"
+    with pytest.raises(ConfigError, match="the encoders have GPUs"):
+        resolve_backend("openvino", folder, on_gpu=True)
+    shutil.copytree(folder.path, tmp_path / "m")
+    pooling = tmp_path / "m" / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": False}))
+    found = find_model(str(tmp_path / "m"))
+    assert resolve_backend("auto", found, on_gpu=False) == "torch"
+    with pytest.raises(ConfigError, match="no transformer pooled over all tokens"):
+        resolve_backend("openvino", found, on_gpu=False)
+
+
+def test_backend_is_part_of_the_store_not_of_the_space(minilm):
+    torch_spec, engine = minilm[0], replace(minilm[0], backend="openvino")
+    assert (torch_spec.space == engine.space, torch_spec.fingerprint == engine.fingerprint) == (True, False)
 
 
 def test_prompts_come_from_the_model_unless_set(tmp_path, minilm):
