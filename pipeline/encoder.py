@@ -8,9 +8,9 @@ always run in FP32. An encoder that cannot give what its spec promises refuses t
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,14 @@ Vectors = npt.NDArray[np.float32]
 Tokens = Sequence[int] | npt.NDArray[np.int32]
 """Token ids of one text."""
 
+Result = TypeVar("Result")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BATCH_TOKENS = 1536
 """Padded tokens per batch on a CPU: 1 to 2 k was the flat optimum for MiniLM on 2 Zen 5 cores (DESIGN)."""
 CUDA_BATCH_TOKENS = 32768
 MIN_ENGINE_COSINE = 0.999
+NORM_TOLERANCE = 1e-3
 PROBE = "The tokenizer file and the model must agree: Ünïcode, 数学 and emoji 🙂 too."
 
 
@@ -65,13 +68,14 @@ class Encoder:
         self.tokenizer = TextTokenizer(folder, spec.max_tokens)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._batch_tokens = batch_tokens or (CUDA_BATCH_TOKENS if self._device.type == "cuda" else CPU_BATCH_TOKENS)
+        self._path = folder.path
         self._model = _load(str(folder.path), self._device)
         if not self.tokenizer.is_static:
             self._model.max_seq_length = spec.max_tokens
         self._check_tokenizer()
-        self._first, *self._rest = list(self._model.children())
+        self._parts = list(self._model.children())
         self._engine = self._compile() if spec.backend == "openvino" else None
-        self._first.to(DTYPES[spec.precision])
+        self._parts[0].to(DTYPES[spec.precision])
         self.dim = spec.dim
         if (width := self._probe().shape[1]) != self.dim:
             raise EncoderError(
@@ -87,33 +91,53 @@ class Encoder:
         return self._encode_texts(texts, self.spec.query_prompt)
 
     def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "") -> Vectors:
-        """Unit vectors of texts tokenized before with ``prompt``; float32 (n, dim). Raises EncoderError on a non-finite one."""
+        """Unit vectors of texts tokenized before with ``prompt``; float32 (n, dim).
+
+        A text whose vector is not finite or zero is tried again alone, then in FP32; then EncoderError is raised.
+        Where a GPU runs out of memory the batch budget is halved for good.
+        """
         lengths = np.fromiter((len(ids) for ids in tokens), dtype=np.int64, count=len(tokens))
         order = np.argsort(-lengths, kind="stable")
-        batches = ([tokens[row] for row in order[first:end]] for first, end in pack_batches(lengths[order], self._batch_tokens))
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
         if len(tokens):
-            vectors[order] = self._run(batches, len(tokens), prompt)
-        if not np.isfinite(vectors).all():
-            bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise EncoderError(
-                f"{self.spec.model}: text {bad} of {len(tokens)} has a non-finite vector in {self.spec.precision}; try fp32"
-            )
+            vectors[order] = self._run([tokens[row] for row in order], lengths[order], prompt)
+        for row in np.flatnonzero(~_are_unit(vectors)).tolist():
+            vectors[row] = self._rescue(tokens[row], prompt, f"text {row} of {len(tokens)}")
         return vectors
 
     def _encode_texts(self, texts: Sequence[str], prompt: str) -> Vectors:
         return self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt)
 
-    def _run(self, batches: Iterator[Sequence[Tokens]], rows: int, prompt: str) -> Vectors:
-        """Vectors of all batches one after the other, (rows, width of the model)."""
+    def _run(self, tokens: Sequence[Tokens], lengths: npt.NDArray[np.int64], prompt: str) -> Vectors:
+        """Vectors of texts in order of descending length, (rows, dim)."""
         if self._engine is not None:
-            vectors = np.empty((rows, self.dim), dtype=np.float32)
-            self._engine.run((_pad(batch, self._pad_id) for batch in batches), vectors)
+            vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
+            batches = pack_batches(lengths, self._batch_tokens)
+            self._engine.run((_pad(tokens[first:end], self._pad_id) for first, end in batches), vectors)
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # in FP32, whatever the engine computes in
             return vectors
+
+        def forward(first: int, end: int) -> torch.Tensor:
+            return self._forward(tokens[first:end], prompt)
+
         with torch.inference_mode():
-            found: Vectors = torch.cat([self._forward(batch, prompt) for batch in batches]).cpu().numpy()
+            parts, self._batch_tokens = run_within(lengths, self._batch_tokens, forward, torch.OutOfMemoryError)
+            found: Vectors = torch.cat(parts).cpu().numpy()
         return found
+
+    def _rescue(self, tokens: Tokens, prompt: str, name: str) -> Vectors:
+        """The vector of one text alone, if need be with FP32 weights, (dim,)."""
+        vector = self._run([tokens], np.array([len(tokens)]), prompt)
+        if not _are_unit(vector)[0]:
+            whole = _load(str(self._path), self._device)
+            with torch.inference_mode():
+                vector = self._forward([tokens], prompt, list(whole.children())).cpu().numpy()
+        if not _are_unit(vector)[0]:
+            raise EncoderError(
+                f"{self.spec.model}: {name} ({len(tokens)} tokens) has a vector that is zero or not finite, in "
+                f"{self.spec.precision} and in fp32; leave that text out or use another model"
+            )
+        return cast(Vectors, vector[0])
 
     def _compile(self) -> OpenVinoEngine:
         ids, mask = (torch.from_numpy(array) for array in _pad(self.tokenizer([PROBE, "a"]), self._pad_id))
@@ -123,7 +147,8 @@ class Encoder:
                 _Whole(self._model), (ids, mask), precision=self.spec.precision, threads=torch.get_num_threads()
             )
 
-    def _forward(self, batch: Sequence[Tokens], prompt: str) -> torch.Tensor:
+    def _forward(self, batch: Sequence[Tokens], prompt: str, parts: Sequence[Any] | None = None) -> torch.Tensor:
+        first, *rest = parts or self._parts
         if self.tokenizer.is_static:
             features = _flat_features(batch, self._device)
         else:
@@ -131,10 +156,10 @@ class Encoder:
             features = {"input_ids": ids, "attention_mask": mask}
             if prompt:
                 features["prompt_length"] = self.tokenizer.prompt_tokens(prompt)
-        features = self._first(features)
+        features = first(features)
         if "token_embeddings" in features:
             features["token_embeddings"] = features["token_embeddings"].float()
-        for module in self._rest:
+        for module in rest:
             features = module(features)
         return torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
 
@@ -144,7 +169,7 @@ class Encoder:
         with torch.inference_mode():
             vectors: Vectors = self._forward(tokens[0:1], "").cpu().numpy()
         if self._engine is not None:
-            cosine = float((vectors * self._run(iter([tokens]), 1, "")).sum())
+            cosine = float((vectors * self._run(tokens, np.array([len(tokens[0])]), "")).sum())
             if not cosine >= MIN_ENGINE_COSINE:
                 raise EncoderError(
                     f"{self.spec.model}: OpenVINO gives other vectors than torch, cosine {cosine:.5f} on a probe; "
@@ -173,6 +198,33 @@ def pack_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[tuple[
         end = min(len(lengths), first + max(1, budget // max(1, int(lengths[first]))))
         yield first, end
         first = end
+
+
+def run_within(
+    lengths: npt.NDArray[np.int64], budget: int, run: Callable[[int, int], Result], too_large: type[Exception]
+) -> tuple[list[Result], int]:
+    """Run all batches of texts in order of descending length; halve the budget when one does not fit, for the rest too.
+
+    ``run(first, end)`` raises ``too_large`` for a batch that does not fit. Returns the results in order and the
+    budget that fitted. Raises ``too_large`` when one text alone does not fit.
+    """
+    results: list[Result] = []
+    first = 0
+    while first < len(lengths):
+        end = first + next(pack_batches(lengths[first:], budget))[1]
+        try:
+            results.append(run(first, end))
+            first = end
+        except too_large:
+            if end - first == 1:
+                raise
+            budget = max(1, int(lengths[first])) * (end - first) // 2
+    return results, budget
+
+
+def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:
+    """For each row whether it is finite and of length 1."""
+    return cast(npt.NDArray[np.bool_], np.abs(np.linalg.norm(vectors, axis=1) - 1) < NORM_TOLERANCE)
 
 
 def _load(path: str, device: torch.device) -> Any:

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from jobs.demo_corpus import docstrings
-from pipeline.encoder import Encoder, load_query_encoder, pack_batches
+from pipeline.encoder import Encoder, load_query_encoder, pack_batches, run_within
 from pipeline.errors import EncoderError
 from pipeline.model import resolve_spec
 from pipeline.numerics import resolve_precision
@@ -111,9 +112,59 @@ def test_static_model_is_encoded_as_sentence_transformers_does(tmp_path, minilm)
 
 
 def test_broken_weights_are_one_clear_error(tmp_path, minilm):
-    import shutil
-
     shutil.copytree(minilm[1].path, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
     with pytest.raises(EncoderError, match="cannot be loaded"):
         Encoder(resolve_spec(model=str(tmp_path / "m"))[0])
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 3000), st.integers(0, 3000))
+def test_run_within_halves_the_budget_until_every_batch_fits(lengths, budget, limit):
+    """An encoder that fails above ``limit`` padded tokens, for every limit: it ends with all rows, or at the row too long."""
+    ordered = np.sort(np.array(lengths, dtype=np.int64))[::-1]
+    failed = []
+
+    def run(first, end):
+        if int(ordered[first]) * (end - first) > limit:
+            failed.append((first, end))
+            raise MemoryError
+        return list(range(first, end))
+
+    if len(ordered) and ordered[0] > limit:
+        with pytest.raises(MemoryError):
+            run_within(ordered, budget, run, MemoryError)
+        assert failed[-1][1] - failed[-1][0] == 1
+    else:
+        results, left = run_within(ordered, budget, run, MemoryError)
+        assert [row for rows in results for row in rows] == list(range(len(ordered)))
+        assert left <= budget if failed else left == budget
+        assert len(failed) <= 1 + np.log2(max(1, budget))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_poisoned_text_is_rescued_and_harms_no_neighbour(precision):
+    if precision == "bf16" and resolve_precision("auto", on_gpu=False) != "bf16":
+        pytest.skip("this CPU has no native bf16")
+    encoder = Encoder(resolve_spec(model=MINILM, precision=precision)[0])
+    texts = ["one good text", "zebra", "two good words", "a zebra in the middle of words", "x " * 400]
+    before = encoder.encode_documents(texts)
+    weights = encoder._parts[0].get_parameter("model.embeddings.word_embeddings.weight")
+    weights.data[encoder.tokenizer(["zebra"])[0][1]] = float("nan")
+    after = encoder.encode_documents(texts)
+    assert (before * after).sum(axis=1).min() > 0.999
+
+
+def test_text_without_a_finite_vector_is_named(tmp_path, minilm):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    token = Encoder(minilm[0]).tokenizer(["zebra"])[0][1]
+    weights[next(name for name in weights if name.endswith("word_embeddings.weight"))][token] = np.nan
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    for backend in ("torch", "openvino"):
+        encoder = Encoder(resolve_spec(model=str(tmp_path / "m"), backend=backend)[0])
+        with pytest.raises(EncoderError, match=r"text 1 of 3 \(3 tokens\).*zero or not finite"):
+            encoder.encode_documents(["good", "zebra", "fine"])
+        assert np.isfinite(encoder.encode_documents(["good", "fine"])).all()
