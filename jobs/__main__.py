@@ -2,6 +2,7 @@
 
 import typer
 
+from jobs.bench import app as bench
 from jobs.demo import demo
 from jobs.evaluate import evaluate
 from jobs.plan import plan
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for function in (reindex, ingest, embed, index, plan, search, evaluate, verify, status, demo):
     app.command()(function)
+app.add_typer(bench, name="bench")
 
 
 @app.command()

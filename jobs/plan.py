@@ -24,7 +24,8 @@ def plan(
 
 
 def _plan(config: Config) -> tuple[Plan, Job]:
-    from pipeline.encoder import measure_rate, on_gpu
+    from pipeline.encoder import measure_rate
+    from pipeline.torch_engine import on_gpu
 
     job = plan_job(config, on_gpu=on_gpu())
 

@@ -57,16 +57,17 @@ def write_vectors(storage: Storage, shards: Sequence[tuple[str, DataFile]], live
 
 
 def write_documents(storage: Storage, parts: Sequence[DataFile], live: Keys, file: Path) -> int:
-    """Merge snapshot parts into ordinal order; equal texts follow each other by doc_id. Returns the number of rows."""
+    """Merge snapshot parts into ordinal order, live keys only; equal texts follow each other by doc_id. Returns the rows."""
     columns = [name for name in PASSAGE_SCHEMA.names if name != "tokens"]
     rows = 0
     order = [("ordinal", "ascending"), ("doc_id", "ascending"), ("passage", "ascending")]
     with pq.ParquetWriter(file, DOCUMENTS_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for table in merge_by_key(storage, [(layout.PASSAGES, part) for part in parts], columns, key_bounds(live)):
-            ordinals = pa.array(np.searchsorted(live, keys_of(table.column("key"))))
-            documents = table.drop_columns(["key"]).add_column(0, DOCUMENTS_SCHEMA.field("ordinal"), ordinals)
+            found = table.filter(pa.array(is_among(keys_of(table.column("key")), live)))
+            ordinals = pa.array(np.searchsorted(live, keys_of(found.column("key"))))
+            documents = found.drop_columns(["key"]).add_column(0, DOCUMENTS_SCHEMA.field("ordinal"), ordinals)
             writer.write_table(documents.sort_by(order).cast(DOCUMENTS_SCHEMA), row_group_size=DOCUMENT_ROW_GROUP)
-            rows += table.num_rows
+            rows += found.num_rows
     return rows
 
 

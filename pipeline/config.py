@@ -68,8 +68,18 @@ class EncoderConfig(Section):
     query_prompt: str | None = Field(None, description="Put before each query; default: the model's own `query` prompt")
     document_prompt: str | None = Field(None, description="Put before each passage; default: the model's own `document` prompt")
     max_tokens: int | None = Field(None, ge=8, description="Tokens per passage; default: the model's max_seq_length")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: fp16 on CUDA, bf16 on CPUs with native bf16, else fp32"
+    dim: int | None = Field(
+        None, ge=8, description="Leading dimensions kept (Matryoshka models); default: all that the model has"
+    )
+    query_model: str | None = Field(None, description="Another model that encodes the queries; default: encoder.model")
+    query_revision: str | None = Field(None, description="Commit of a hub query model; required for a hub id")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with a hub model; only with revision set to a commit of 40 hex digits"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto",
+        description="auto: fp16 on CUDA (bf16 for models that overflow), bf16 on CPUs with native bf16, else fp32; "
+        "int8 (OpenVINO) is faster on CPUs, its cosine to fp32 is measured in every unit and told",
     )
     backend: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="What computes: auto is openvino for transformers on CPUs where it is installed, else torch"

@@ -1,10 +1,12 @@
 """The embedding store: which passages it lacks, and shards of (key, float16 vector) sorted by key.
 
 One store per encoder fingerprint, shared by all snapshots and runs: a text is encoded once. A unit is named
-by the hash of its keys, so the same work has the same name wherever and whenever it is done.
+by the hash of its keys, so the same work has the same name wherever and whenever it is done. A passage that the
+encoder can make no vector of is in the quarantine of its unit: vectors + quarantined = passages.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,12 +19,25 @@ from pipeline import layout
 from pipeline.errors import EncoderError, VerificationError
 from pipeline.fingerprint import sha256
 from pipeline.manifest import DataFile, Record, put_data, put_record
-from pipeline.model import TextTokenizer
 from pipeline.passages import KEY_BYTES
-from pipeline.shards import ROW_GROUP_ROWS, Keys, fixed_binary, keys_of, open_parquet, parquet_bytes, to_rows
+from pipeline.shards import (
+    KEY_DTYPE,
+    ROW_GROUP_ROWS,
+    Keys,
+    fixed_binary,
+    keys_of,
+    open_parquet,
+    parquet_bytes,
+    read_keys,
+    to_rows,
+)
 from pipeline.storage import Storage
+from pipeline.tokenizer import TextTokenizer
 
 Half = npt.NDArray[np.float16]
+REJECTED_SCHEMA = pa.schema(
+    [pa.field("key", pa.binary(KEY_BYTES), nullable=False), pa.field("message", pa.string(), nullable=False)]
+)
 
 
 class Pick(BaseModel):
@@ -50,6 +65,7 @@ class TokenizedUnit:
     keys: Keys
     ids: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
+    timings_s: dict[str, float]
 
 
 def plan_embedding(parts: Sequence[tuple[DataFile, Keys]], stored: Keys, unit_passages: int) -> list[EmbedUnit]:
@@ -84,31 +100,63 @@ def is_among(keys: Keys, known: Keys) -> npt.NDArray[np.bool_]:
 
 def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, prompt: str) -> TokenizedUnit:
     """Read the texts of a unit and tokenize them once, with the prompt."""
+    started = time.perf_counter()
     table = pa.concat_tables([_read_rows(storage, pick) for pick in unit.picks])
+    read_s = time.perf_counter() - started
     order = np.argsort(keys_of(table.column("key")))
     table = table.take(order)
     ids = tokenizer([prompt + text for text in table.column("text").to_pylist()])
     lengths = np.array([len(tokens) for tokens in ids], dtype=np.int32)
     flat = np.fromiter((token for tokens in ids for token in tokens), dtype=np.int32, count=int(lengths.sum()))
-    return TokenizedUnit(unit.name, keys_of(table.column("key")), flat, lengths)
+    timings = {"read": read_s, "tokenize": time.perf_counter() - started - read_s}
+    return TokenizedUnit(unit.name, keys_of(table.column("key")), flat, lengths, timings)
 
 
 def put_embeddings(
-    storage: Storage, folder: str, unit: TokenizedUnit, vectors: npt.NDArray[np.float32], timings_s: dict[str, float]
+    storage: Storage, folder: str, keys: Keys, vectors: npt.NDArray[np.float32], failed: Mapping[int, str], draft: Record
 ) -> Record:
-    """Store the vectors of a unit as float16 and create its record. Raises EncoderError on a vector that is no unit vector."""
-    norms = np.linalg.norm(vectors, axis=1)
-    if len(vectors) != len(unit.keys) or not np.allclose(norms, 1, atol=1e-3):
+    """Store the vectors of a unit as float16 and create its record, which adds files and counts to ``draft``.
+
+    Rows in ``failed`` (row -> reason) go to the quarantine beside it. Raises EncoderError on another vector that is no
+    unit vector.
+    """
+    started = time.perf_counter()
+    good = np.array([row not in failed for row in range(len(keys))], dtype=bool)
+    norms = np.linalg.norm(vectors[good], axis=1)
+    if len(vectors) != len(keys) or not np.allclose(norms, 1, atol=1e-3):
         raise EncoderError(
-            f"unit {unit.name}: {len(vectors)} vectors for {len(unit.keys)} passages, lengths {norms.min()} to {norms.max()}"
+            f"unit {draft.unit}: {len(vectors)} vectors for {len(keys)} passages, lengths {norms.min()} to {norms.max()}"
         )
     table = pa.table(
-        {"key": fixed_binary(unit.keys), "embedding": fixed_binary(vectors.astype(np.float16))},
+        {"key": fixed_binary(keys[good]), "embedding": fixed_binary(vectors[good].astype(np.float16))},
         schema=embedding_schema(vectors.shape[1]),
     )
-    file = put_data(storage, f"{folder}/{unit.name}", ".parquet", parquet_bytes(table, compress=False), len(vectors))
-    counts = {"passages": len(vectors), "tokens": int(unit.lengths.sum())}
-    return put_record(storage, folder, Record(unit=unit.name, files=(file,), counts=counts, timings_s=timings_s))
+    stem = f"{folder}/{draft.unit}"
+    file = put_data(storage, stem, ".parquet", parquet_bytes(table, compress=False), table.num_rows)
+    rejected = None
+    if failed:
+        columns = {"key": fixed_binary(keys[~good]), "message": [failed[row] for row in sorted(failed)]}
+        data = parquet_bytes(pa.table(columns, schema=REJECTED_SCHEMA), compress=True)
+        rejected = put_data(storage, stem, ".rejected.parquet", data, len(failed))
+    counts = draft.counts | {"passages": table.num_rows, "rejected": len(failed)}
+    timings = draft.timings_s | {"write": time.perf_counter() - started}
+    update = {"files": (file,), "rejected": rejected, "counts": counts, "timings_s": timings}
+    return put_record(storage, folder, draft.model_copy(update=update))
+
+
+def stored_keys(storage: Storage, folder: str, records: Sequence[Record]) -> Keys:
+    """Sorted distinct keys that have a vector: 16 bytes of memory per passage."""
+    return _distinct([read_keys(storage, folder, record.files[0]) for record in records])
+
+
+def quarantined_keys(storage: Storage, folder: str, records: Sequence[Record]) -> Keys:
+    """Sorted distinct keys that this encoder can make no vector of."""
+    found = _distinct([read_keys(storage, folder, record.rejected) for record in records if record.rejected])
+    return found[~is_among(found, stored_keys(storage, folder, records))] if len(found) else found
+
+
+def _distinct(keys: Sequence[Keys]) -> Keys:
+    return np.unique(np.concatenate(keys)) if keys else np.empty(0, dtype=KEY_DTYPE)
 
 
 def embedding_schema(dim: int) -> Any:

@@ -1,225 +1,214 @@
-"""Texts -> unit vectors. The only torch and sentence-transformers door; knows neither Ray nor FAISS.
+"""Texts -> unit vectors. Knows neither Ray nor FAISS, so that it runs alone on any GPU box: ``python -m pipeline.encoder``.
 
 Texts are tokenized once, ordered by token count and packed into batches of a token budget, so almost nothing
-is padding. Weights run in FP16 on CUDA, BF16 on CPUs with native bf16, else FP32; pooling and normalisation
-always run in FP32. An encoder that cannot give what its spec promises refuses to start.
+is padding. Weights run in FP16 on CUDA, BF16 on CPUs with native bf16, else FP32. An encoder that cannot give
+what its spec promises refuses to start, and a text that has no vector never harms its neighbours.
 """
 
-import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-import torch
-from safetensors import SafetensorError
-from sentence_transformers import SentenceTransformer
-from transformers.utils import logging as transformers_logging
-
+from pipeline import torch_engine
+from pipeline.batching import Lengths, Tokens, padded_tokens
 from pipeline.errors import EncoderError
-from pipeline.model import EncoderSpec, TextTokenizer, resolve_spec
-from pipeline.numerics import resolve_precision
-from pipeline.openvino_engine import OpenVinoEngine, Padded
+from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
+from pipeline.numerics import resolve_backend, resolve_precision
+from pipeline.openvino_engine import OpenVinoEngine
+from pipeline.tokenizer import TextTokenizer
+from pipeline.torch_engine import TorchEngine, Vectors
 
-Vectors = npt.NDArray[np.float32]
-"""(n, dim), rows of length 1."""
-Tokens = Sequence[int] | npt.NDArray[np.int32]
-"""Token ids of one text."""
-
-Result = TypeVar("Result")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_BATCH_TOKENS = 1536
-"""Padded tokens per batch on a CPU: 1 to 2 k was the flat optimum for MiniLM on 2 Zen 5 cores (DESIGN)."""
-CUDA_BATCH_TOKENS = 32768
-MIN_ENGINE_COSINE = 0.999
+BUDGETS = {"cpu": (1024, 2048), "cuda": (16384, 32768, 65536, 131072)}
+"""Padded tokens per batch that ``calibrate`` tries; without it the second. On CPUs 1 to 2 k is the flat optimum
+for MiniLM (DESIGN)."""
+CALIBRATION_SECONDS = 0.4
+CALIBRATION_GAIN = 1.03
+"""A larger budget must be so much faster: a smaller one pads less and needs less memory."""
+MIN_ENGINE_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 NORM_TOLERANCE = 1e-3
 PROBE = "The tokenizer file and the model must agree: Ünïcode, 数学 and emoji 🙂 too."
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """``vectors``: float32 (n, dim). ``failed``: row -> reason for texts that have no vector; their rows are NaN."""
+
+    vectors: Vectors
+    tokens: int = 0
+    padded_tokens: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 class Encoder:
     """A loaded model. One per process; not safe for concurrent calls."""
 
-    def __init__(self, spec: EncoderSpec, *, threads: int | None = None, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, spec: EncoderSpec, *, threads: int | None = None, batch_tokens: int | None = None, one_by_one: bool = False
+    ) -> None:
+        """``one_by_one``: threads work together on one batch, for the latency of single texts instead of throughput."""
         if threads is not None:
-            torch.set_num_threads(threads)
-        found, folder = resolve_spec(
-            model=spec.model,
-            revision=spec.revision,
-            document_prompt=spec.document_prompt,
-            query_prompt=spec.query_prompt,
-            max_tokens=spec.max_tokens,
-            precision=resolve_here(spec.precision),
-            backend=spec.backend,
-        )
-        if found.fingerprint != spec.fingerprint:
-            raise EncoderError(
-                f"{spec.model}: this machine has {found}, the job was planned with {spec}; install the same model"
-            )
+            torch_engine.set_threads(threads)
+        self._folder = _check_spec(spec)
         self.spec = spec
-        self.tokenizer = TextTokenizer(folder, spec.max_tokens)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._batch_tokens = batch_tokens or (CUDA_BATCH_TOKENS if self._device.type == "cuda" else CPU_BATCH_TOKENS)
-        self._path = folder.path
-        self._model = _load(str(folder.path), self._device)
-        if not self.tokenizer.is_static:
-            self._model.max_seq_length = spec.max_tokens
-        self._check_tokenizer()
-        self._parts = list(self._model.children())
-        self._engine = self._compile() if spec.backend == "openvino" else None
-        self._parts[0].to(DTYPES[spec.precision])
         self.dim = spec.dim
-        if (width := self._probe().shape[1]) != self.dim:
-            raise EncoderError(
-                f"{spec.model}: gives vectors of {width} dimensions, its module configs say {self.dim}; mend them"
-            )
+        self.tokenizer = TextTokenizer(self._folder, spec.max_tokens)
+        exact = TorchEngine(spec, self._folder)
+        self.on_gpu = exact.on_gpu
+        self.flops_per_token = exact.flops_per_token
+        self._check_tokenizer(exact)
+        self._engine = self._make_engine(exact, one_by_one=one_by_one)
+        self._engine.budget = batch_tokens or BUDGETS["cuda" if self.on_gpu else "cpu"][1]
+        self._probe()
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens per batch as calibrated, or as little as the GPU's memory allowed."""
+        return self._engine.budget
 
     def encode_documents(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors of passages, float32 (n, dim), in the order of ``texts``."""
+        """Unit vectors of passages, float32 (n, dim), in the order of ``texts``. EncoderError when one has none."""
         return self._encode_texts(texts, self.spec.document_prompt)
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors of queries, float32 (n, dim), in the order of ``texts``."""
+        """Unit vectors of queries, float32 (n, dim), in the order of ``texts``. EncoderError when one has none."""
         return self._encode_texts(texts, self.spec.query_prompt)
 
-    def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "") -> Vectors:
-        """Unit vectors of texts tokenized before with ``prompt``; float32 (n, dim).
+    def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "") -> Encoded:
+        """Unit vectors of texts tokenized before with ``prompt``, in their order.
 
-        A text whose vector is not finite or zero is tried again alone, then in FP32; then EncoderError is raised.
+        A text whose vector is zero or not finite is tried again alone, then in FP32; then it is among the failed.
         Where a GPU runs out of memory the batch budget is halved for good.
         """
-        lengths = np.fromiter((len(ids) for ids in tokens), dtype=np.int64, count=len(tokens))
+        lengths = _lengths(tokens)
         order = np.argsort(-lengths, kind="stable")
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
+        prompt_tokens = self.tokenizer.prompt_tokens(prompt)
         if len(tokens):
-            vectors[order] = self._run([tokens[row] for row in order], lengths[order], prompt)
+            vectors[order] = self._engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
+        failed = {}
         for row in np.flatnonzero(~_are_unit(vectors)).tolist():
-            vectors[row] = self._rescue(tokens[row], prompt, f"text {row} of {len(tokens)}")
-        return vectors
+            vectors[row] = self._rescue(tokens[row], prompt_tokens)
+            if not np.isfinite(vectors[row]).all():
+                failed[row] = f"{len(tokens[row])} tokens, vector zero, not finite or out of memory, alone and in fp32"
+        padded = padded_tokens(lengths[order], self.batch_tokens)
+        return Encoded(vectors, int(lengths.sum()), padded, failed)
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of a large matrix product on this device in the encoder's arithmetic: what MFU is a share of."""
+        return torch_engine.matmul_rate(resolve_here("auto") if self.spec.precision == "int8" else self.spec.precision)
+
+    def calibrate(self) -> None:
+        """Choose the batch budget that is fastest on this device, in about a second; texts of 8 to max_tokens tokens."""
+        budgets = BUDGETS["cuda" if self.on_gpu else "cpu"]
+        rate = self._rate(self._sample(budgets[0]))
+        size = int(rate * CALIBRATION_SECONDS)
+        if size < 2 * budgets[-1] or self.tokenizer.is_static:
+            return  # so slow a model fills the device with any budget
+        sample = self._sample(size)
+        best, best_rate = self.batch_tokens, 0.0
+        for budget in budgets:
+            self._engine.budget = budget
+            rate = max(self._rate(sample) for _ in range(2))
+            if self._engine.budget < budget:
+                break  # out of memory
+            if rate > best_rate * CALIBRATION_GAIN:
+                best, best_rate = budget, rate
+        self._engine.budget = min(best, self._engine.budget)
+
+    def cosine_to_exact(self, tokens: Sequence[Tokens], vectors: Vectors, *, prompt: str = "") -> npt.NDArray[np.float32]:
+        """Cosine of each vector to the one in FP32, (n,): the price of a precision, measured on these texts."""
+        prompt_tokens = self.tokenizer.prompt_tokens(prompt)
+        exact = np.stack([self._exact(ids, prompt_tokens) for ids in tokens])
+        return cast(npt.NDArray[np.float32], (vectors * exact).sum(axis=1))
 
     def _encode_texts(self, texts: Sequence[str], prompt: str) -> Vectors:
-        return self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt)
+        encoded = self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt)
+        for row, reason in encoded.failed.items():
+            raise EncoderError(f"{self.spec.model}: text {row} of {len(texts)} has no vector, {reason}; leave it out")
+        return encoded.vectors
 
-    def _run(self, tokens: Sequence[Tokens], lengths: npt.NDArray[np.int64], prompt: str) -> Vectors:
-        """Vectors of texts in order of descending length, (rows, dim)."""
-        if self._engine is not None:
-            vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
-            batches = pack_batches(lengths, self._batch_tokens)
-            self._engine.run((_pad(tokens[first:end], self._pad_id) for first, end in batches), vectors)
-            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # in FP32, whatever the engine computes in
-            return vectors
+    def _rescue(self, tokens: Tokens, prompt_tokens: int) -> Vectors:
+        """The vector of one text alone, if need be with FP32 weights, (dim,); NaN when it has none."""
+        vector = self._engine.run([tokens], _lengths([tokens]), prompt_tokens)[0]
+        vector = vector if _are_unit(vector[None])[0] else self._exact(tokens, prompt_tokens)
+        return vector if _are_unit(vector[None])[0] else np.full(self.dim, np.nan, dtype=np.float32)
 
-        def forward(first: int, end: int) -> torch.Tensor:
-            return self._forward(tokens[first:end], prompt)
+    def _exact(self, tokens: Tokens, prompt_tokens: int) -> Vectors:
+        """The vector of one text by FP32 weights, (dim,); loaded when first needed."""
+        if not hasattr(self, "_exact_engine"):
+            self._exact_engine = TorchEngine(self.spec, self._folder)
+        return cast(Vectors, self._exact_engine.run([tokens], _lengths([tokens]), prompt_tokens)[0])
 
-        with torch.inference_mode():
-            parts, self._batch_tokens = run_within(lengths, self._batch_tokens, forward, torch.OutOfMemoryError)
-            found: Vectors = torch.cat(parts).cpu().numpy()
-        return found
+    def _make_engine(self, exact: TorchEngine, *, one_by_one: bool) -> TorchEngine | OpenVinoEngine:
+        """The engine of the spec. OpenVINO's vector of a probe must be that of torch in FP32."""
+        if self.spec.backend == "torch":
+            exact.lower(self.spec.precision)
+            return exact
+        probe = self.tokenizer([PROBE])
+        vector = exact.run(probe, _lengths(probe))
+        module, example = exact.as_function(self.tokenizer([PROBE, "a"]), int8=self.spec.precision == "int8")
+        threads = torch_engine.threads()
+        engine = OpenVinoEngine(
+            module,
+            example,
+            pad_id=exact.pad_id,
+            precision=self.spec.precision,
+            threads=threads,
+            streams=1 if one_by_one else threads,
+        )
+        cosine = float((vector * engine.run(probe, _lengths(probe))).sum())
+        if not cosine >= MIN_ENGINE_COSINE[self.spec.precision]:
+            raise EncoderError(
+                f"{self.spec.model}: OpenVINO gives other vectors than torch, cosine {cosine:.5f} on a probe; "
+                "set encoder.backend=torch"
+            )
+        return engine
 
-    def _rescue(self, tokens: Tokens, prompt: str, name: str) -> Vectors:
-        """The vector of one text alone, if need be with FP32 weights, (dim,)."""
-        vector = self._run([tokens], np.array([len(tokens)]), prompt)
-        if not _are_unit(vector)[0]:
-            whole = _load(str(self._path), self._device)
-            with torch.inference_mode():
-                vector = self._forward([tokens], prompt, list(whole.children())).cpu().numpy()
+    def _probe(self) -> None:
+        tokens = self.tokenizer([PROBE])
+        vector = self._engine.run(tokens, _lengths(tokens))
+        if vector.shape[1] != self.dim:
+            raise EncoderError(
+                f"{self.spec.model}: gives {vector.shape[1]} dimensions, its module configs say {self.dim}; mend them"
+            )
         if not _are_unit(vector)[0]:
             raise EncoderError(
-                f"{self.spec.model}: {name} ({len(tokens)} tokens) has a vector that is zero or not finite, in "
-                f"{self.spec.precision} and in fp32; leave that text out or use another model"
-            )
-        return cast(Vectors, vector[0])
-
-    def _compile(self) -> OpenVinoEngine:
-        ids, mask = (torch.from_numpy(array) for array in _pad(self.tokenizer([PROBE, "a"]), self._pad_id))
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # branches on shapes that a batch of texts never takes
-            return OpenVinoEngine(
-                _Whole(self._model), (ids, mask), precision=self.spec.precision, threads=torch.get_num_threads()
+                f"{self.spec.model}: no finite vector of a plain sentence in {self.spec.precision}; "
+                f"set encoder.precision={'bf16' if self.spec.precision == 'fp16' else 'fp32'}"
             )
 
-    def _forward(self, batch: Sequence[Tokens], prompt: str, parts: Sequence[Any] | None = None) -> torch.Tensor:
-        first, *rest = parts or self._parts
-        if self.tokenizer.is_static:
-            features = _flat_features(batch, self._device)
-        else:
-            ids, mask = (torch.from_numpy(array).to(self._device) for array in _pad(batch, self._pad_id))
-            features = {"input_ids": ids, "attention_mask": mask}
-            if prompt:
-                features["prompt_length"] = self.tokenizer.prompt_tokens(prompt)
-        features = first(features)
-        if "token_embeddings" in features:
-            features["token_embeddings"] = features["token_embeddings"].float()
-        for module in rest:
-            features = module(features)
-        return torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
-
-    def _probe(self) -> Vectors:
-        """The vector of a probe text, by torch; an engine that gives another vector is refused."""
-        tokens = self.tokenizer([PROBE])
-        with torch.inference_mode():
-            vectors: Vectors = self._forward(tokens[0:1], "").cpu().numpy()
-        if self._engine is not None:
-            cosine = float((vectors * self._run(tokens, np.array([len(tokens[0])]), "")).sum())
-            if not cosine >= MIN_ENGINE_COSINE:
-                raise EncoderError(
-                    f"{self.spec.model}: OpenVINO gives other vectors than torch, cosine {cosine:.5f} on a probe; "
-                    "set encoder.backend=torch"
-                )
-        return vectors
-
-    def _check_tokenizer(self) -> None:
+    def _check_tokenizer(self, exact: TorchEngine) -> None:
         """The ids of tokenizer.json and those of sentence-transformers are one, or the vectors would be of other texts."""
-        if self.tokenizer.is_static:
-            self._pad_id = 0
-            return
-        theirs = self._model.preprocess([PROBE])["input_ids"][0].tolist()
-        self._pad_id = int(self._model.tokenizer.pad_token_id or 0)
-        ours = self.tokenizer([PROBE])[0]
-        if ours != theirs:
+        if not self.tokenizer.is_static and self.tokenizer([PROBE])[0] != exact.token_ids(PROBE):
             raise EncoderError(
                 f"{self.spec.model}: tokenizer.json gives other ids than the model's tokenizer class; save the model again"
             )
 
+    def _sample(self, size: int) -> list[list[int]]:
+        """Token ids of about ``size`` tokens in texts of 8 to 256 tokens, log-uniform."""
+        ids = self.tokenizer([f"{PROBE} " * 16])[0]
+        lengths = np.geomspace(8, len(ids), 32).astype(int)
+        return [ids[:length] for length in np.tile(lengths, max(1, round(size / int(lengths.sum()))))]
 
-def pack_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[tuple[int, int]]:
-    """Cut descending token counts into runs (first, end) of at most ``budget`` padded tokens; a longer text goes alone."""
-    first = 0
-    while first < len(lengths):
-        end = min(len(lengths), first + max(1, budget // max(1, int(lengths[first]))))
-        yield first, end
-        first = end
+    def _rate(self, tokens: Sequence[Tokens]) -> float:
+        started = time.perf_counter()
+        return self.encode_tokens(tokens).tokens / (time.perf_counter() - started)
 
 
-def run_within(
-    lengths: npt.NDArray[np.int64], budget: int, run: Callable[[int, int], Result], too_large: type[Exception]
-) -> tuple[list[Result], int]:
-    """Run all batches of texts in order of descending length; halve the budget when one does not fit, for the rest too.
+def _check_spec(spec: EncoderSpec) -> ModelFolder:
+    """The model folder of this machine; EncoderError unless it is of the space and numerics of the plan."""
+    found, folder = resolve_spec(**spec.request, precision=resolve_here(spec.precision), backend=spec.backend)
+    if found.fingerprint != spec.fingerprint:
+        raise EncoderError(f"{spec.model}: this machine has {found}, the job was planned with {spec}; install the same model")
+    return folder
 
-    ``run(first, end)`` raises ``too_large`` for a batch that does not fit. Returns the results in order and the
-    budget that fitted. Raises ``too_large`` when one text alone does not fit.
-    """
-    results: list[Result] = []
-    first = 0
-    while first < len(lengths):
-        end = first + next(pack_batches(lengths[first:], budget))[1]
-        try:
-            results.append(run(first, end))
-            first = end
-        except too_large:
-            if end - first == 1:
-                raise
-            budget = max(1, int(lengths[first])) * (end - first) // 2
-    return results, budget
+
+def _lengths(tokens: Sequence[Tokens]) -> Lengths:
+    return np.fromiter((len(ids) for ids in tokens), dtype=np.int64, count=len(tokens))
 
 
 def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:
@@ -227,56 +216,9 @@ def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:
     return cast(npt.NDArray[np.bool_], np.abs(np.linalg.norm(vectors, axis=1) - 1) < NORM_TOLERANCE)
 
 
-def _load(path: str, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()
-    try:
-        model = SentenceTransformer(
-            path, device=str(device), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise EncoderError(f"{path}: cannot be loaded, {' '.join(str(error).split())}; check the model folder") from error
-    return model.eval().float()
-
-
-class _Whole(torch.nn.Module):
-    """All modules of a model as one function of (ids, mask), for tracing."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.parts = torch.nn.ModuleList(model.children())
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Vectors, (rows, dim), not normalised."""
-        features = {"input_ids": ids, "attention_mask": mask}
-        for module in self.parts:
-            features = module(features)
-        return features["sentence_embedding"]
-
-
-def _pad(batch: Sequence[Tokens], pad_id: int) -> Padded:
-    width = max(1, *(len(ids) for ids in batch))
-    ids = np.full((len(batch), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(batch), width), dtype=np.int64)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return ids, mask
-
-
-def _flat_features(batch: Sequence[Tokens], device: torch.device) -> dict[str, Any]:
-    lengths = np.array([0, *(len(tokens) for tokens in batch[:-1])], dtype=np.int64)
-    flat = np.fromiter((token for tokens in batch for token in tokens), dtype=np.int64)
-    return {"input_ids": torch.from_numpy(flat).to(device), "offsets": torch.from_numpy(np.cumsum(lengths)).to(device)}
-
-
-def on_gpu() -> bool:
-    """Whether encoders on this machine have a GPU."""
-    return torch.cuda.is_available()
-
-
-def resolve_here(precision: str) -> str:
+def resolve_here(precision: str, *, overflows: bool = False) -> str:
     """``auto`` resolved for encoders on this machine."""
-    return resolve_precision(precision, on_gpu=on_gpu())
+    return resolve_precision(precision, on_gpu=torch_engine.on_gpu(), overflows=overflows)
 
 
 def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
@@ -285,14 +227,23 @@ def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
     tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
     encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
     started = time.perf_counter()
-    encoder.encode_tokens(tokens, prompt=spec.document_prompt)
-    return sum(len(ids) for ids in tokens) / (time.perf_counter() - started)
+    return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
 
 
-def load_query_encoder(spec: EncoderSpec) -> Encoder:
+def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None, serving: bool = False) -> Encoder:
     """An encoder for queries against vectors made with ``spec``: same space, this machine's own best precision.
 
-    On torch, which starts sooner and takes one text without a queue.
-    Raises EncoderError when the model here is not of the same space.
+    Its first answer comes soonest with torch; ``serving`` takes a second longer to load and may use the config's fastest
+    engine, for the least latency ever after. Raises EncoderError when the model here is not of the same space.
     """
-    return Encoder(replace(spec, precision=resolve_here("auto"), backend="torch"))
+    spec = spec.for_queries()
+    folder = find_model(spec.model, spec.revision)
+    precision = resolve_here("auto", overflows=folder.overflows)
+    backend = resolve_backend("auto", folder, on_gpu=torch_engine.on_gpu(), precision=precision) if serving else "torch"
+    return Encoder(replace(spec, precision=precision, backend=backend), threads=threads, one_by_one=True)
+
+
+if __name__ == "__main__":
+    from pipeline.encoder_bench import main
+
+    main()

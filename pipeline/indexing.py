@@ -143,6 +143,7 @@ def merge(
         rows = artifact.write_documents(job.storage, parts, live, folder / DOCUMENTS)
         index.write(_merged_index(job, shards, trained, folder), folder / INDEX)
         counts = {"passages": len(live), "document_rows": rows, "shards": len(shards)}
+        counts["quarantined_rows"] = sum(part.rows for part in parts) - rows
         counts["duplicate_vectors"] = sum(int((shard.ordinals < 0).sum()) for shard in shards)
         lengths = {VECTORS: len(live), DOCUMENTS: rows, INDEX: len(live)}
         described = {name: artifact.describe(folder / name, lengths[name]) for name in lengths}

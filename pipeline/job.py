@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from pipeline import layout
 from pipeline.config import Config
+from pipeline.manifest import Record, list_records
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 from pipeline.numerics import resolve_backend, resolve_precision
 from pipeline.storage import Storage
@@ -47,12 +48,16 @@ class Job:
         """Folder of this encoder's shards in the embedding store."""
         return self.spec.fingerprint
 
+    def embedding_records(self) -> list[Record]:
+        """Records of this encoder's shards, by unit name."""
+        return list(list_records(self.embeddings, self.embedding_folder).values())
+
 
 def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
     """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing."""
-    precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu)
     folder = find_model(config.encoder.model, config.encoder.revision)
-    backend = resolve_backend(config.encoder.backend, folder, on_gpu=on_gpu)
+    precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu, overflows=folder.overflows)
+    backend = resolve_backend(config.encoder.backend, folder, on_gpu=on_gpu, precision=precision)
     settings = config.encoder.model_dump(exclude={"precision", "backend"})
     spec, model = resolve_spec(**settings, precision=precision, backend=backend)
     storage = Storage(config.root, config.store)

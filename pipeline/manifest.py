@@ -35,13 +35,18 @@ class DataFile(BaseModel):
 
 
 class Record(Document):
-    """One finished unit of work, beside its data, created if absent. ``counts`` and ``timings_s`` say what it took."""
+    """One finished unit of work, beside its data, created if absent.
+
+    ``counts`` and ``timings_s`` say what it took, ``rates`` how well the machine was used: ``mfu``, the share of its
+    matrix-product rate, and for int8 the cosine to FP32.
+    """
 
     unit: str
     files: tuple[DataFile, ...]
     rejected: DataFile | None = None
     counts: dict[str, int] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
+    rates: dict[str, float] = Field(default_factory=dict)
 
 
 class InputFile(BaseModel):

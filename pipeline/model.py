@@ -1,37 +1,38 @@
-"""Which model: its folder, what identifies it, its limits, its tokenizer.
+"""Which model: its folder, what identifies it, its limits.
 
-No torch here, so that planning and splitting start in milliseconds. Refuses weights other than
-safetensors and code of the model's own: a model is data.
+No torch here, so that planning and splitting start in milliseconds. Refuses weights other than safetensors,
+and code of the model's own unless it comes from a pinned commit: a model is data.
 """
 
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 from safetensors import safe_open
-from tokenizers import Encoding, Tokenizer
 
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.fingerprint import fingerprint
 
-IDENTITY_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}
+IDENTITY_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".py"}
 FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
 UNLIMITED_TOKENS = 1 << 30
 """The limit of a static (bag of tokens) model, which has none."""
-CHARS_PER_TOKEN = 64
-"""First cut of a long text before it is tokenized, per token of the limit: one 10 MB document costs the
-tokenizer 17 s and 1.5 GB even with truncation on (measured, tokenizers 0.23)."""
+COMMIT = re.compile("[0-9a-f]{40}")
+OVERFLOWING = ("t5", "mt5", "umt5")
+"""Model types whose activations leave the range of FP16; they were trained in BF16."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Everything that changes a vector. ``space``: hash of model files, prompt, max tokens. Precision, backend: resolved."""
+    """Everything that changes a vector. ``space``: hash of model files, prompt, max tokens, dim. Precision, backend: resolved.
+
+    ``query_model``: encodes the queries instead of ``model``; ``query_space`` is its own.
+    """
 
     model: str
     revision: str | None
@@ -42,15 +43,53 @@ class EncoderSpec:
     precision: str
     space: str
     backend: str = "torch"
+    query_model: str | None = None
+    query_revision: str | None = None
+    query_space: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def fingerprint(self) -> str:
         """Name of the embedding store: space and numerics. The query prompt changes no stored vector."""
         return fingerprint({"space": self.space, "precision": self.precision, "backend": self.backend})
 
+    @property
+    def request(self) -> "EncoderRequest":
+        """What gives this spec again."""
+        return cast(EncoderRequest, {name: getattr(self, name) for name in EncoderRequest.__annotations__})
+
+    def for_queries(self) -> "EncoderSpec":
+        """The spec of what encodes queries; raises EncoderError when the query model here is not the one planned with."""
+        if self.query_model is None:
+            return self
+        spec, _ = resolve_spec(
+            model=self.query_model,
+            revision=self.query_revision,
+            query_prompt=self.query_prompt,
+            dim=self.dim,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if spec.space != self.query_space:
+            raise EncoderError(f"{self.query_model}: not the query model that the artifact was made for; install the same one")
+        return spec
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for manifests and Ray."""
         return asdict(self)
+
+
+class EncoderRequest(TypedDict, total=False):
+    """Keys of the config's encoder section that say which vectors; what is None or missing, the model says itself."""
+
+    model: str
+    revision: str | None
+    document_prompt: str | None
+    query_prompt: str | None
+    max_tokens: int | None
+    dim: int | None
+    query_model: str | None
+    query_revision: str | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,10 @@ class ModelFolder:
     files_hash: str
     traceable: bool
     """Whether a graph of (ids, mask) can say it all: a transformer, pooled over every token."""
+    is_static: bool
+    """Whether it is a bag of token vectors, without a transformer."""
+    overflows: bool
+    """Whether its activations leave the range of FP16, as far as its config tells."""
 
 
 def find_model(model: str, revision: str | None = None) -> ModelFolder:
@@ -80,105 +123,68 @@ def find_model(model: str, revision: str | None = None) -> ModelFolder:
         raise EncoderError(f"{path}: no .safetensors weights; convert them (pickled weights can run code when loaded)")
     settings = _read_json(path / "config_sentence_transformers.json", missing={})
     prompts = {name: str(text) for name, text in (settings.get("prompts") or {}).items()}
+    config = _read_json(path / "config.json", missing={})
+    overflows = config.get("model_type") in OVERFLOWING or config.get("dtype", config.get("torch_dtype")) == "bfloat16"
     return ModelFolder(
-        path, prompts, _max_seq_length(path, modules), _dim(path, modules), _hash_files(str(path)), _traceable(path, modules)
+        path,
+        prompts,
+        _max_seq_length(path, modules),
+        _dim(path, modules),
+        _hash_files(str(path)),
+        _traceable(path, modules),
+        is_static=not config,
+        overflows=overflows,
     )
 
 
 def resolve_spec(
-    *,
-    model: str,
-    revision: str | None = None,
-    document_prompt: str | None = None,
-    query_prompt: str | None = None,
-    max_tokens: int | None = None,
-    precision: str = "fp32",
-    backend: str = "torch",
+    *, precision: str = "fp32", backend: str = "torch", **request: Unpack[EncoderRequest]
 ) -> tuple[EncoderSpec, ModelFolder]:
-    """Fill in what the model itself says: prompts, max tokens, identity. ``precision`` and ``backend`` are resolved ones."""
+    """Fill in what the model itself says: prompts, max tokens, dim, identity. ``precision`` and ``backend`` are resolved ones.
+
+    Raises ConfigError for a request that the model cannot fulfil.
+    """
+    model, revision, trusted = request["model"], request.get("revision"), request.get("trust_remote_code", False)
+    if trusted and not COMMIT.fullmatch(revision or ""):
+        raise ConfigError("encoder.trust_remote_code: only from a pinned commit; set encoder.revision to 40 hex digits")
     folder = find_model(model, revision)
-    document = folder.prompts.get("document", "") if document_prompt is None else document_prompt
-    query = folder.prompts.get("query", "") if query_prompt is None else query_prompt
-    limit = folder.max_seq_length if max_tokens is None else max_tokens
+    query_folder, query_space = folder, None
+    if (query_model := request.get("query_model")) is not None:
+        own: EncoderRequest = {"model": query_model, "revision": request.get("query_revision"), "dim": request.get("dim")}
+        own["trust_remote_code"] = trusted
+        query_spec, query_folder = resolve_spec(**own)
+        query_space = query_spec.space
+        if not request.get("dim") and query_folder.dim != folder.dim:
+            raise ConfigError(f"encoder.query_model: {query_folder.dim} dimensions, encoder.model has {folder.dim}; use a pair")
+    document = _or_else(request.get("document_prompt"), folder.prompts.get("document", ""))
+    query = _or_else(request.get("query_prompt"), query_folder.prompts.get("query", ""))
+    limit, dim = request.get("max_tokens") or folder.max_seq_length, request.get("dim") or folder.dim
     if limit > folder.max_seq_length and (position := _max_positions(folder.path)) < limit:
         raise ConfigError(f"encoder.max_tokens: {limit}, but {model} has {position} positions; lower it")
-    space = fingerprint({"files": folder.files_hash, "document_prompt": document, "max_tokens": limit, "normalize": True})
-    return EncoderSpec(model, revision, document, query, limit, folder.dim, precision, space, backend), folder
+    if dim > folder.dim:
+        raise ConfigError(f"encoder.dim: {dim}, but {model} has {folder.dim} dimensions; lower it")
+    files = {"files": folder.files_hash} if dim == folder.dim else {"files": folder.files_hash, "dim": str(dim)}
+    space = fingerprint({**files, "document_prompt": document, "max_tokens": limit, "normalize": True})
+    spec = EncoderSpec(
+        model=model,
+        revision=revision,
+        document_prompt=document,
+        query_prompt=query,
+        max_tokens=limit,
+        dim=dim,
+        precision=precision,
+        space=space,
+        backend=backend,
+        query_model=query_model,
+        query_revision=request.get("query_revision"),
+        query_space=query_space,
+        trust_remote_code=trusted,
+    )
+    return spec, folder
 
 
-class TextTokenizer:
-    """The model's fast tokenizer, cut at ``max_tokens``, without padding. Same ids as sentence-transformers gives."""
-
-    def __init__(self, folder: ModelFolder, max_tokens: int) -> None:
-        file = next(
-            (f for f in (folder.path / "tokenizer.json", folder.path / "0_StaticEmbedding" / "tokenizer.json") if f.is_file()),
-            None,
-        )
-        if file is None:
-            raise EncoderError(f"{folder.path}: no tokenizer.json; save the model with its fast tokenizer")
-        self._tokenizer = Tokenizer.from_file(str(file))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.is_static = not (folder.path / "config.json").is_file()
-        self.max_tokens = max_tokens
-        self.special_tokens = 0 if self.is_static else self._tokenizer.num_special_tokens_to_add(False)
-        self._head_chars = min(max_tokens, 1 << 16) * CHARS_PER_TOKEN
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with special tokens, at most ``max_tokens`` each."""
-        encodings = self._encode([text[: self._head_chars] for text in texts])
-        return [self._cut(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
-
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Character span of each token of the whole text, special tokens left out."""
-        return self._tokenizer.encode(text, add_special_tokens=False).offsets
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens with special tokens, not cut; a text cut before tokenizing counts as ``max_tokens + 1`` at least."""
-        return [
-            len(encoding.ids) if len(text) <= self._head_chars else self._count_long(text)
-            for text, encoding in zip(texts, self._encode([text[: self._head_chars] for text in texts]), strict=True)
-        ]
-
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=not self.is_static)
-
-    def _count_long(self, text: str) -> int:
-        return len(self._long_ids(text))
-
-    def _cut(self, text: str, encoding: Encoding) -> list[int]:
-        ids = encoding.ids if len(text) <= self._head_chars else self._long_ids(text)
-        if len(ids) <= self.max_tokens:
-            return ids
-        content = self._content(ids)[: self.max_tokens - self.special_tokens]
-        prefix, suffix = self._frame
-        return prefix + content + suffix
-
-    def _long_ids(self, text: str) -> list[int]:
-        """Ids of a beginning of ``text`` that is long enough to fill the limit with two tokens to spare."""
-        size = self._head_chars
-        while True:
-            ids = self._encode([text[:size]])[0].ids
-            if len(ids) > self.max_tokens + 2 or size >= len(text):
-                return ids
-            size *= 4
-
-    @property
-    def _frame(self) -> tuple[list[int], list[int]]:
-        if self.is_static:
-            return [], []
-        ids = self._tokenizer.encode("a").ids
-        content = self._tokenizer.encode("a", add_special_tokens=False).ids
-        start = next(i for i in range(len(ids)) if ids[i : i + len(content)] == content)
-        return ids[:start], ids[start + len(content) :]
-
-    def _content(self, ids: list[int]) -> list[int]:
-        prefix, suffix = self._frame
-        return ids[len(prefix) : len(ids) - len(suffix)]
-
-    def prompt_tokens(self, prompt: str) -> int:
-        """Tokens that ``prompt`` takes before a text, leading special tokens included (as sentence-transformers counts)."""
-        return len(self._encode([prompt])[0].ids) - len(self._frame[1]) if prompt else 0
+def _or_else(value: str | None, default: str) -> str:
+    return default if value is None else value
 
 
 def _locate(model: str, revision: str | None) -> Path:

@@ -7,33 +7,40 @@ from pipeline.errors import ConfigError
 from pipeline.model import ModelFolder
 
 
-def resolve_precision(precision: str, *, on_gpu: bool) -> str:
-    """``auto`` -> the fastest native arithmetic: fp16 on CUDA, bf16 on CPUs with native bf16, else fp32.
+def resolve_precision(precision: str, *, on_gpu: bool, overflows: bool = False) -> str:
+    """``auto`` -> the fastest arithmetic that keeps the vectors: fp16 on CUDA, bf16 on CPUs that have it, else fp32.
 
-    Raises ConfigError for fp16 without CUDA.
+    ``overflows``: the model leaves the range of fp16, so it is bf16 on CUDA too.
+    Raises ConfigError for fp16 without CUDA and int8 with it.
     """
+    if precision == "auto" and on_gpu:
+        return "bf16" if overflows else "fp16"
     if precision == "auto":
-        return "fp16" if on_gpu else "bf16" if _native_bf16() else "fp32"
+        return "bf16" if native_bf16() else "fp32"
     if precision == "fp16" and not on_gpu:
         raise ConfigError("encoder.precision: fp16 needs CUDA encoders; use auto, bf16 or fp32")
+    if precision == "int8" and on_gpu:
+        raise ConfigError("encoder.precision: int8 is for CPU encoders; use auto")
     return precision
 
 
-def resolve_backend(backend: str, folder: ModelFolder, *, on_gpu: bool) -> str:
+def resolve_backend(backend: str, folder: ModelFolder, *, on_gpu: bool, precision: str) -> str:
     """``auto`` -> openvino for transformers on a CPU where it is installed, else torch.
 
-    Raises ConfigError for openvino with GPUs or with a model that is no plain transformer.
+    Raises ConfigError for openvino with GPUs or with a model that is no plain transformer, and for int8 without openvino.
     """
     able = folder.traceable and not on_gpu
     if backend == "auto":
-        return "openvino" if able and importlib.util.find_spec("openvino") else "torch"
+        backend = "openvino" if able and importlib.util.find_spec("openvino") else "torch"
+    if backend == "torch" and precision == "int8":
+        raise ConfigError("encoder.precision: int8 needs encoder.backend openvino and a plain transformer; use auto")
     if backend == "openvino" and not able:
         reason = "the encoders have GPUs" if on_gpu else f"{folder.path} is no transformer pooled over all tokens"
         raise ConfigError(f"encoder.backend: openvino cannot be used, {reason}; use torch or auto")
     return backend
 
 
-def _native_bf16() -> bool:
+def native_bf16() -> bool:
     """Whether the CPU multiplies bf16 itself (x86: AVX512-BF16 or AMX, Arm: bf16), as Linux lists its features."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.config import PassagesConfig
 from pipeline.errors import ConfigError
-from pipeline.model import TextTokenizer
+from pipeline.tokenizer import TextTokenizer
 
 KEY_BYTES = 16
 SEGMENT_CHARS = 1 << 16

@@ -14,9 +14,9 @@ from pipeline.corpus import RejectedRow, SourceDocument, read_documents
 from pipeline.errors import DataError
 from pipeline.formats import Slice, count_rows
 from pipeline.job import Job
-from pipeline.model import TextTokenizer
 from pipeline.passages import KEY_BYTES, Splitter
 from pipeline.snapshot import count_done, identify_files, known_files, plan_units
+from pipeline.tokenizer import TextTokenizer
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
@@ -52,18 +52,23 @@ class Plan:
     dim: int
 
 
+def sample_texts(job: Job) -> list[str]:
+    """Passages of a sample of the corpus, without writing anything."""
+    units = plan_units(identify_files(job.config, known_files(job.storage)), job.config, job.spec.space)
+    sample, _ = _usable_sample([part for unit in units for part in unit.slices], job)
+    split = _splitter(job)([document.text for document in sample])
+    return [passage.text for each in split for passage in each]
+
+
 def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second."""
     files = identify_files(job.config, known_files(job.storage))
     units = plan_units(files, job.config, job.spec.space)
     slices = [part for unit in units for part in unit.slices]
     rows = sum(count_rows(part, job.config.store) for part in slices)
-    sample, rejected = _sample(slices, job)
-    if not sample:
-        raise DataError(f"{job.config.corpus.uri}: none of {rejected} sampled rows can be used; run vecmill ingest to see why")
+    sample, rejected = _usable_sample(slices, job)
     documents = round(rows * len(sample) / (len(sample) + rejected))
-    splitter = Splitter(TextTokenizer(job.model, job.spec.max_tokens), job.config.passages, job.spec.document_prompt)
-    split = splitter([document.text for document in sample])
+    split = _splitter(job)([document.text for document in sample])
     factor = documents / len(sample)
     passages = round(factor * sum(len(each) for each in split))
     tokens = round(factor * sum(passage.tokens for each in split for passage in each))
@@ -95,6 +100,10 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     )
 
 
+def _splitter(job: Job) -> Splitter:
+    return Splitter(TextTokenizer(job.model, job.spec.max_tokens), job.config.passages, job.spec.document_prompt)
+
+
 def _sizes(plan: index.IndexPlan, passages: int, dim: int, text_bytes: float) -> dict[str, int]:
     vectors = 2 * dim * passages
     if plan.kind == "flat":
@@ -111,8 +120,11 @@ def _sizes(plan: index.IndexPlan, passages: int, dim: int, text_bytes: float) ->
     }
 
 
-def _sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], int]:
-    """Documents spread over slices, every tenth row from the beginning of each; and the rejected rows among them."""
+def _usable_sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], int]:
+    """Documents spread over slices, every tenth row from the beginning of each; and the rejected rows among them.
+
+    Raises DataError when all are rejected.
+    """
     chosen = [slices[int(number)] for number in np.unique(np.linspace(0, len(slices) - 1, SAMPLE_SLICES).astype(int))]
     each = -(-SAMPLE_DOCUMENTS // len(chosen))
     rows: list[SourceDocument | RejectedRow] = []
@@ -120,4 +132,6 @@ def _sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], in
         first = list(islice(read_documents(part, job.config.corpus, job.config.store), 10 * each))
         rows += first[:: max(1, len(first) // each)][:each]
     documents = [row for row in rows if isinstance(row, SourceDocument)]
+    if not documents:
+        raise DataError(f"{job.config.corpus.uri}: none of {len(rows)} sampled rows can be used; run vecmill ingest to see why")
     return documents, len(rows) - len(documents)

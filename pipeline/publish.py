@@ -11,6 +11,7 @@ from pipeline.fingerprint import fingerprint, sha256
 from pipeline.job import Event, Job
 from pipeline.log import Lease, Log, LogEntry
 from pipeline.manifest import ArtifactManifest, Evaluation, MergeRecord, SnapshotManifest, TrainedManifest, to_bytes
+from pipeline.shards import Keys
 from pipeline.storage import Storage
 
 VERSIONED = (
@@ -26,11 +27,12 @@ VERSIONED = (
 )
 
 
-def content_name(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest) -> str:
-    """Identity of what an artifact holds: equal for equal corpus, encoder, trained index and way of measuring."""
+def content_name(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, left_out: Keys) -> str:
+    """Identity of what an artifact holds: equal for equal corpus without ``left_out``, encoder, index and measurement."""
     measured = job.config.evaluation.model_dump(mode="json") | {"target_recall": job.config.index.target_recall}
     measured |= job.config.search.model_dump(mode="json", include={"nprobe", "rescore"})
     what = {"snapshot": snapshot.snapshot, "trained": trained.trained, "encoder": job.spec.fingerprint}
+    what["left_out"] = sha256(left_out.tobytes())
     return fingerprint({"artifact": 1, "measured": measured, **what})
 
 
@@ -76,12 +78,12 @@ def require_live(storage: Storage) -> ArtifactManifest:
 
 
 def write_manifest(
-    job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, merged: MergeRecord, evaluation: Evaluation
+    job: Job, content: str, snapshot: SnapshotManifest, trained: TrainedManifest, merged: MergeRecord, evaluation: Evaluation
 ) -> ArtifactManifest:
     """Compose and store the manifest: from here on the folder is an artifact."""
     manifest = ArtifactManifest(
         version=merged.version,
-        content=content_name(job, snapshot, trained),
+        content=content,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         snapshot=snapshot.snapshot,
         limit=snapshot.limit,

@@ -50,21 +50,24 @@ def reindex(
         encoded = embed(job, snapshot, cluster) if encode else 0
         trained, is_new = stages.train(job, snapshot, cluster, live.index if live else None)
         added = stages.add(job, snapshot, trained)
-        if live and live.content == publish.content_name(job, snapshot, trained):
+        content = publish.content_name(job, snapshot, trained, stages.left_out(job, snapshot))
+        if live and live.content == content:
             say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
             return Outcome(job.run_id, snapshot, encoded, is_new, added, None, live, committed=False)
-        built = build(job, snapshot, trained, lease, cluster)
+        built = build(job, content, snapshot, trained, lease, cluster)
         committed = go_live and _go_live(job, built, live, lease)
         return Outcome(job.run_id, snapshot, encoded, is_new, added, built, built if committed else live, committed)
 
 
-def build(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
+def build(
+    job: Job, content: str, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster
+) -> ArtifactManifest:
     """Merge and evaluate under a version that no other writer can have: its epoch is in the name."""
-    version = f"{lease.epoch:06d}-{publish.content_name(job, snapshot, trained)[:12]}"
+    version = f"{lease.epoch:06d}-{content[:12]}"
     publish.check_unused(job.storage, version)
     merged = stages.merge(job, snapshot, trained, version)
     evaluation = stages.evaluate(job, snapshot, trained, merged, cluster)
-    return publish.write_manifest(job, snapshot, trained, merged, evaluation)
+    return publish.write_manifest(job, content, snapshot, trained, merged, evaluation)
 
 
 @contextlib.contextmanager

@@ -11,16 +11,22 @@ SOURCES = sorted([*(HOME / "pipeline").rglob("*.py"), *(HOME / "jobs").rglob("*.
 DOORS = {
     "ray": {"stages"},
     "faiss": {"index"},
-    "torch": {"encoder"},
+    "torch": {"torch_engine"},
     "openvino": {"openvino_engine"},
-    "sentence_transformers": {"encoder"},
-    "transformers": {"encoder"},
-    "tokenizers": {"model"},
+    "sentence_transformers": {"torch_engine", "encoder_bench"},
+    "transformers": {"torch_engine", "encoder_bench"},
+    "tokenizers": {"tokenizer"},
     "fsspec": {"storage"},
     "ir_measures": {"evaluation"},
     "yaml": {"config"},
 }
-ENCODER_NEEDS = {f"pipeline.{name}" for name in ("encoder", "openvino_engine", "model", "numerics", "errors", "fingerprint")}
+ENCODER_NEEDS = {
+    f"pipeline.{name}"
+    for name in (
+        *("encoder", "encoder_bench", "torch_engine", "openvino_engine", "batching", "tokenizer"),
+        *("model", "numerics", "errors", "fingerprint"),
+    )
+}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

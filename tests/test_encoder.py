@@ -1,4 +1,7 @@
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +11,10 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from jobs.demo_corpus import docstrings
-from pipeline.encoder import Encoder, load_query_encoder, pack_batches, run_within
+from pipeline.batching import pack_batches, padded_tokens, run_within
+from pipeline.encoder import BUDGETS, Encoder, load_query_encoder
 from pipeline.errors import EncoderError
-from pipeline.model import resolve_spec
+from pipeline.model import _hash_files, resolve_spec
 from pipeline.numerics import resolve_precision
 from tests.conftest import MINILM
 
@@ -54,6 +58,17 @@ def test_vectors_equal_those_of_sentence_transformers(texts, reference, precisio
 def test_stored_half_precision_keeps_the_cosine(reference):
     stored = reference.astype(np.float16).astype(np.float32)
     assert ((stored * reference).sum(axis=1) / np.linalg.norm(stored, axis=1)).min() >= 0.999999
+
+
+def test_int8_keeps_the_cosine_it_states(texts, reference):
+    encoder = Encoder(resolve_spec(model=MINILM, precision="int8", backend="openvino")[0])
+    vectors = encoder.encode_documents(texts)
+    cosine = (vectors * reference).sum(axis=1)
+    print(f"int8: cosine mean {cosine.mean():.5f}, minimum {cosine.min():.5f}")
+    assert cosine.mean() >= 0.998
+    assert cosine.min() >= 0.98
+    tokens = encoder.tokenizer(texts[40:60])
+    assert np.allclose(encoder.cosine_to_exact(tokens, vectors[40:60]), cosine[40:60], atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
@@ -121,7 +136,7 @@ def test_broken_weights_are_one_clear_error(tmp_path, minilm):
 @settings(max_examples=300)
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 3000), st.integers(0, 3000))
 def test_run_within_halves_the_budget_until_every_batch_fits(lengths, budget, limit):
-    """An encoder that fails above ``limit`` padded tokens, for every limit: it ends with all rows, or at the row too long."""
+    """An encoder that fails above ``limit`` padded tokens, for every limit: it ends with all rows but those too long."""
     ordered = np.sort(np.array(lengths, dtype=np.int64))[::-1]
     failed = []
 
@@ -131,15 +146,12 @@ def test_run_within_halves_the_budget_until_every_batch_fits(lengths, budget, li
             raise MemoryError
         return list(range(first, end))
 
-    if len(ordered) and ordered[0] > limit:
-        with pytest.raises(MemoryError):
-            run_within(ordered, budget, run, MemoryError)
-        assert failed[-1][1] - failed[-1][0] == 1
-    else:
-        results, left = run_within(ordered, budget, run, MemoryError)
-        assert [row for rows in results for row in rows] == list(range(len(ordered)))
-        assert left <= budget if failed else left == budget
-        assert len(failed) <= 1 + np.log2(max(1, budget))
+    results, left = run_within(ordered, budget, run, MemoryError)
+    too_long = int((ordered > limit).sum())
+    assert results[:too_long] == [None] * too_long
+    assert [row for rows in results[too_long:] for row in rows] == list(range(too_long, len(ordered)))
+    assert left <= budget if failed else left == budget
+    assert len(failed) <= too_long + 1 + np.log2(max(1, budget))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -149,7 +161,7 @@ def test_poisoned_text_is_rescued_and_harms_no_neighbour(precision):
     encoder = Encoder(resolve_spec(model=MINILM, precision=precision)[0])
     texts = ["one good text", "zebra", "two good words", "a zebra in the middle of words", "x " * 400]
     before = encoder.encode_documents(texts)
-    weights = encoder._parts[0].get_parameter("model.embeddings.word_embeddings.weight")
+    weights = encoder._engine._parts[0].get_parameter("model.embeddings.word_embeddings.weight")
     weights.data[encoder.tokenizer(["zebra"])[0][1]] = float("nan")
     after = encoder.encode_documents(texts)
     assert (before * after).sum(axis=1).min() > 0.999
@@ -165,6 +177,70 @@ def test_text_without_a_finite_vector_is_named(tmp_path, minilm):
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     for backend in ("torch", "openvino"):
         encoder = Encoder(resolve_spec(model=str(tmp_path / "m"), backend=backend)[0])
-        with pytest.raises(EncoderError, match=r"text 1 of 3 \(3 tokens\).*zero or not finite"):
+        with pytest.raises(EncoderError, match=r"text 1 of 3 has no vector, 3 tokens, .*not finite"):
             encoder.encode_documents(["good", "zebra", "fine"])
-        assert np.isfinite(encoder.encode_documents(["good", "fine"])).all()
+        encoded = encoder.encode_tokens(encoder.tokenizer(["good", "zebra", "fine"]))
+        assert list(encoded.failed) == [1]
+        assert np.isfinite(encoded.vectors).all(axis=1).tolist() == [True, False, True]
+        assert np.allclose(encoded.vectors[[0, 2]], encoder.encode_documents(["good", "fine"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_dim_is_that_of_truncate_dim(minilm, backend):
+    model = SentenceTransformer(str(minilm[1].path), device="cpu", truncate_dim=64)
+    texts = ["one text", "another, longer text"]
+    vectors = Encoder(resolve_spec(model=MINILM, dim=64, backend=backend)[0]).encode_documents(texts)
+    assert vectors.shape == (2, 64)
+    assert (vectors * model.encode(texts, normalize_embeddings=True)).sum(axis=1).min() > 0.99999
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_query_model_encodes_the_queries(tmp_path, minilm, serving):
+    shutil.copytree(minilm[1].path, tmp_path / "q")
+    spec, _ = resolve_spec(model=MINILM, query_model=str(tmp_path / "q"), query_prompt="find: ")
+    other = replace(minilm[0], query_prompt="find: ")
+    vector = load_query_encoder(spec, serving=serving).encode_queries(["a harbour"])
+    assert (vector * Encoder(other).encode_queries(["a harbour"])).sum() > 0.999
+    (tmp_path / "q" / "vocab.txt").write_text("another\n")
+    _hash_files.cache_clear()
+    with pytest.raises(EncoderError, match="not the query model that the artifact was made for"):
+        load_query_encoder(spec)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_calibration_chooses_a_budget_and_changes_no_vector(minilm, backend):
+    encoder = Encoder(replace(minilm[0], backend=backend))
+    before = encoder.encode_documents(["a text", "b " * 90])
+    encoder.calibrate()
+    assert encoder.batch_tokens in BUDGETS["cpu"]
+    assert (before * encoder.encode_documents(["a text", "b " * 90])).sum(axis=1).min() > 0.99999
+
+
+def test_a_slow_model_keeps_its_budget(minilm, monkeypatch):
+    encoder = Encoder(minilm[0], batch_tokens=777)
+    monkeypatch.setattr("pipeline.encoder.CALIBRATION_SECONDS", 1e-6)
+    encoder.calibrate()
+    assert encoder.batch_tokens == 777
+
+
+def test_encoded_counts_real_and_padded_tokens(minilm):
+    encoder = Encoder(minilm[0], batch_tokens=16)
+    encoded = encoder.encode_tokens([[101, 7592, 102], [101, 102], [101, 7592, 7592, 7592, 102]])
+    assert (encoded.tokens, encoded.padded_tokens, encoded.failed) == (10, 15, {})
+    assert padded_tokens(np.array([5, 3, 2]), 10) == 10 + 2
+    assert encoder.flops_per_token == 6 * 2 * (4 * 384 * 384 + 2 * 384 * 1536)
+
+
+def test_bench_reports_rates_quality_and_latency():
+    command = [sys.executable, "-m", "pipeline.encoder", "bench", "--model", MINILM, "--count", "40", "--rounds", "1"]
+    done = subprocess.run([*command, "--baseline", "--json"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert 0 < report["mfu"] <= 1.2
+    assert report["tokens_per_s"] > 100
+    assert report["cosine_mean"] > 0.999
+    assert report["query_p50_ms"] <= report["query_p99_ms"]
+    assert len(report["baseline"]) == 3
+    broken = subprocess.run([*command[:5], "no/such/model"], capture_output=True, text=True, timeout=100)
+    assert broken.returncode == 1
+    assert "bench: encoder.model: no/such/model" in broken.stderr

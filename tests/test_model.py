@@ -1,12 +1,14 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 from sentence_transformers import SentenceTransformer
 
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.model import TextTokenizer, find_model, resolve_spec
+from pipeline.model import find_model, resolve_spec
 from pipeline.numerics import resolve_backend, resolve_precision
+from pipeline.tokenizer import TextTokenizer
 from tests.conftest import MINILM
 
 TEXTS = [
@@ -59,8 +61,6 @@ def test_spec_names_what_changes_vectors():
 
 
 def test_spec_is_the_same_from_another_folder(tmp_path, minilm):
-    import shutil
-
     shutil.copytree(minilm[1].path, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("changed")
     assert resolve_spec(model=str(tmp_path / "copy"))[0].fingerprint == minilm[0].fingerprint
@@ -76,8 +76,6 @@ def test_missing_model_says_what_to_do(model, message):
 
 
 def test_pickled_weights_are_refused(tmp_path, minilm):
-    import shutil
-
     shutil.copytree(minilm[1].path, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(EncoderError, match="safetensors"):
@@ -99,22 +97,69 @@ def test_fp16_needs_cuda():
         resolve_precision("fp16", on_gpu=False)
 
 
-def test_auto_backend_is_openvino_for_transformers_on_a_cpu(tmp_path, minilm):
-    import shutil
+def test_int8_is_for_openvino_on_cpus(minilm):
+    assert resolve_precision("int8", on_gpu=False) == "int8"
+    assert resolve_backend("auto", minilm[1], on_gpu=False, precision="int8") == "openvino"
+    with pytest.raises(ConfigError, match="int8 is for CPU encoders"):
+        resolve_precision("int8", on_gpu=True)
+    with pytest.raises(ConfigError, match=r"int8 needs encoder\.backend openvino"):
+        resolve_backend("torch", minilm[1], on_gpu=False, precision="int8")
 
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({}, "fp16"), ({"dtype": "bfloat16"}, "bf16"), ({"torch_dtype": "bfloat16"}, "bf16"), ({"model_type": "t5"}, "bf16")],
+)
+def test_models_that_overflow_in_fp16_are_bf16_on_gpus(tmp_path, minilm, change, expected):
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    found = find_model(str(tmp_path / "m"))
+    assert resolve_precision("auto", on_gpu=True, overflows=found.overflows) == expected
+
+
+def test_dim_keeps_leading_dimensions_as_another_space():
+    whole, _ = resolve_spec(model=MINILM)
+    half, _ = resolve_spec(model=MINILM, dim=192)
+    assert (whole.dim, half.dim) == (384, 192)
+    assert half.space != whole.space
+    assert resolve_spec(model=MINILM, dim=384)[0].space == whole.space
+    assert resolve_spec(**half.request)[0] == half
+    with pytest.raises(ConfigError, match=r"encoder.dim: 385, but .* has 384 dimensions"):
+        resolve_spec(model=MINILM, dim=385)
+
+
+def test_code_of_a_model_needs_a_pinned_commit():
+    for revision in (None, "main", "a" * 39):
+        with pytest.raises(ConfigError, match="only from a pinned commit"):
+            resolve_spec(model=MINILM, revision=revision, trust_remote_code=True)
+    assert resolve_spec(model=MINILM, revision="a" * 40, trust_remote_code=True)[0].trust_remote_code
+
+
+def test_query_model_must_have_the_dimension_of_the_model(tmp_path, minilm):
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    pooling = tmp_path / "m" / "1_Pooling" / "config.json"
+    settings = json.loads(pooling.read_text())
+    name = "embedding_dimension" if "embedding_dimension" in settings else "word_embedding_dimension"
+    pooling.write_text(json.dumps(settings | {name: 128}))
+    with pytest.raises(ConfigError, match=r"encoder.query_model: 128 dimensions, encoder.model has 384"):
+        resolve_spec(model=MINILM, query_model=str(tmp_path / "m"))
+
+
+def test_auto_backend_is_openvino_for_transformers_on_a_cpu(tmp_path, minilm):
     folder = minilm[1]
-    assert resolve_backend("auto", folder, on_gpu=False) == "openvino"
-    assert resolve_backend("auto", folder, on_gpu=True) == "torch"
-    assert resolve_backend("torch", folder, on_gpu=False) == "torch"
+    assert resolve_backend("auto", folder, on_gpu=False, precision="bf16") == "openvino"
+    assert resolve_backend("auto", folder, on_gpu=True, precision="bf16") == "torch"
+    assert resolve_backend("torch", folder, on_gpu=False, precision="bf16") == "torch"
     with pytest.raises(ConfigError, match="the encoders have GPUs"):
-        resolve_backend("openvino", folder, on_gpu=True)
+        resolve_backend("openvino", folder, on_gpu=True, precision="bf16")
     shutil.copytree(folder.path, tmp_path / "m")
     pooling = tmp_path / "m" / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": False}))
     found = find_model(str(tmp_path / "m"))
-    assert resolve_backend("auto", found, on_gpu=False) == "torch"
+    assert resolve_backend("auto", found, on_gpu=False, precision="bf16") == "torch"
     with pytest.raises(ConfigError, match="no transformer pooled over all tokens"):
-        resolve_backend("openvino", found, on_gpu=False)
+        resolve_backend("openvino", found, on_gpu=False, precision="bf16")
 
 
 def test_backend_is_part_of_the_store_not_of_the_space(minilm):
@@ -123,8 +168,6 @@ def test_backend_is_part_of_the_store_not_of_the_space(minilm):
 
 
 def test_prompts_come_from_the_model_unless_set(tmp_path, minilm):
-    import shutil
-
     shutil.copytree(minilm[1].path, tmp_path / "m")
     settings = tmp_path / "m" / "config_sentence_transformers.json"
     settings.write_text(json.dumps({"prompts": {"query": "q: ", "document": "d: "}}))

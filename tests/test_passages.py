@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import PassagesConfig
 from pipeline.errors import ConfigError
-from pipeline.model import TextTokenizer
 from pipeline.passages import KEY_BYTES, Splitter, passage_key
+from pipeline.tokenizer import TextTokenizer
 
 WORDS = st.lists(
     st.sampled_from(["river", "unbelievable", "数学", "🙂", "x", "Grüße", "naïve,", "end.", "\n", "שלום"]), max_size=400

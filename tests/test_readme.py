@@ -53,7 +53,14 @@ def test_every_command_is_described():
     from jobs.__main__ import app
 
     commands = {command.callback.__name__ for command in app.registered_commands}
-    table = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `"))))
+    commands |= {
+        f"{group.name} {command.callback.__name__}"
+        for group in app.registered_groups
+        for command in group.typer_instance.registered_commands
+    }
+    table = set(
+        re.findall(r"`([\w ]+)`", "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `")))
+    )
     assert table | {"version"} == commands
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipeline import index, indexing, layout
-from pipeline.embeddings import is_among
+from pipeline.embeddings import is_among, quarantined_keys
 from pipeline.job import Event, Job
 from pipeline.manifest import Evaluation, MergeRecord, Record, SnapshotManifest, TrainedManifest, list_records
 from pipeline.shards import Keys, read_keys
@@ -27,7 +27,7 @@ def add(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest) -> int:
         return 0
     done = set(list_records(job.storage, layout.index_shards(trained.trained)))
     live = _live(job, snapshot)
-    missing = [record for record in _records(job) if record.unit not in done and _has_live(job, record, live)]
+    missing = [record for record in job.embedding_records() if record.unit not in done and _has_live(job, record, live)]
     finished: list[Record] = []
 
     def count(record: Record) -> None:
@@ -87,16 +87,19 @@ def _evaluate(job: Job, snapshot: SnapshotManifest, merged: MergeRecord, trained
     return indexing.evaluate(job, merged, trained, _live(job, snapshot))
 
 
+def left_out(job: Job, snapshot: SnapshotManifest) -> Keys:
+    """Sorted keys of the passages in quarantine: those of the snapshot that the encoder can make no vector of."""
+    found = quarantined_keys(job.embeddings, job.embedding_folder, job.embedding_records())
+    return found[is_among(found, live_keys(job.storage, parts(job.storage, snapshot)))] if len(found) else found
+
+
 def _live(job: Job, snapshot: SnapshotManifest) -> Keys:
-    return live_keys(job.storage, parts(job.storage, snapshot))
-
-
-def _records(job: Job) -> list[Record]:
-    return list(list_records(job.embeddings, job.embedding_folder).values())
+    keys = live_keys(job.storage, parts(job.storage, snapshot))
+    return keys[~is_among(keys, left_out(job, snapshot))]
 
 
 def _shards(job: Job, live: Keys) -> list[indexing.LiveShard]:
-    return indexing.live_shards(job.embeddings, job.embedding_folder, _records(job), live)
+    return indexing.live_shards(job.embeddings, job.embedding_folder, job.embedding_records(), live)
 
 
 def _has_live(job: Job, record: Record, live: Keys) -> bool:

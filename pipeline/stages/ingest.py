@@ -10,7 +10,7 @@ from pipeline import layout
 from pipeline.config import Config
 from pipeline.job import Event, Job
 from pipeline.manifest import Record, SnapshotManifest, load, to_bytes
-from pipeline.model import EncoderSpec, TextTokenizer, find_model
+from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
 from pipeline.snapshot import (
     IngestUnit,
@@ -24,6 +24,7 @@ from pipeline.snapshot import (
 )
 from pipeline.stages.cluster import own_error
 from pipeline.storage import Storage
+from pipeline.tokenizer import TextTokenizer
 
 
 def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jobs.demo_corpus import docstrings
 from pipeline import artifact, layout
@@ -15,9 +16,11 @@ from pipeline.encoder import load_query_encoder
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.live import open_live, open_uri
 from pipeline.log import Log
+from pipeline.manifest import Record
 from pipeline.run import embed_only, ingest_only, reindex
 from pipeline.snapshot import parts
 from pipeline.storage import Storage
+from pipeline.tokenizer import TextTokenizer
 from tests.conftest import make_config, sentences, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -366,3 +369,75 @@ def test_changed_target_recall_is_measured_again(tmp_path):
 def test_memory_root_is_refused():
     with pytest.raises(ConfigError, match="memory://"):
         reindex(make_config("memory://root", "/nowhere"))
+
+
+@pytest.fixture
+def poisoned_model(tmp_path, minilm):
+    """MiniLM whose vector of any text with the word zebra is not finite."""
+    folder = tmp_path / "model"
+    shutil.copytree(minilm[1].path, folder)
+    weights = load_file(folder / "model.safetensors")
+    token = TextTokenizer(minilm[1], 256)(["zebra"])[0][1]
+    weights[next(name for name in weights if name.endswith("word_embeddings.weight"))][token] = np.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_passages_without_a_vector_are_quarantined_and_harm_no_other(tmp_path, poisoned_model):
+    rows = sentences(300)
+    for number in (7, 8, 200):
+        rows[number]["text"] = f"A zebra in note {number}."
+    rows.append({"id": "twin", "text": rows[7]["text"]})
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    encoder = {"model": str(poisoned_model)}
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", encoder=encoder, index={"kind": "flat"})
+    said = []
+    outcome = reindex(config, say=lambda event: said.append(event.message))
+    counts = outcome.live.counts
+    assert (counts["documents"], counts["passages"], counts["quarantined_rows"]) == (301, 297, 4)
+    assert counts["document_rows"] + counts["quarantined_rows"] == 301
+    assert any("300 passages = 297 with a vector + 3 quarantined" in message for message in said)
+    assert search(config, rows[50]["text"], 1)[0].doc_id == "d50"
+    found = {hit.doc_id for hit in search(config, "Note 7 on the violin and the harbour.", 300)}
+    assert not found & {"d7", "d8", "d200", "twin"}
+
+    again = reindex(config)
+    assert (again.encoded, again.committed) == (0, False)
+    rejected = next((tmp_path / "root" / "embeddings").rglob("*.rejected.parquet"))
+    assert "not finite" in pq.read_table(rejected).column("message")[0].as_py()
+    strict = make_config(
+        tmp_path / "root",
+        tmp_path / "a.jsonl",
+        corpus={"max_bad_rows": 2, "max_bad_fraction": 0},
+        encoder=encoder,
+        index={"kind": "flat"},
+    )
+    with pytest.raises(DataError, match="3 of 300 passages have no vector, the ceiling is 2"):
+        reindex(strict)
+
+
+def test_records_say_what_encoding_took(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(600))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", encoder={"precision": "int8"})
+    said = []
+    assert embed_only(config, say=lambda event: said.append(event.message)) == 600
+    records = [Record.model_validate_json(path.read_bytes()) for path in (tmp_path / "root" / "embeddings").rglob("*.json")]
+    for record in records:
+        assert record.timings_s.keys() == {"read", "tokenize", "waiting", "encode", "write"}
+        assert record.counts["padded_tokens"] >= record.counts["tokens"] > 0
+        assert record.counts["batch_tokens"] > 0
+        assert 0 < record.rates["mfu"] < 2
+        assert 0.98 < record.rates["cosine_min"] <= record.rates["cosine_mean"] <= 1.0001
+    assert any("tokens/s per encoder" in message and "cosine to fp32 0.99" in message for message in said)
+
+
+def test_asymmetric_and_shortened_vectors_are_searched(tmp_path, minilm):
+    shutil.copytree(minilm[1].path, tmp_path / "q")
+    write_jsonl(tmp_path / "a.jsonl", sentences(120))
+    encoder = {"query_model": str(tmp_path / "q"), "dim": 128}
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", encoder=encoder)
+    outcome = reindex(config)
+    assert (outcome.live.dim, outcome.live.encoder["query_model"]) == (128, str(tmp_path / "q"))
+    assert search(config, "Note 50 on the harbour and the lantern.", 1)[0].doc_id == "d50"
+    opened = open_uri(str(tmp_path / "root" / layout.artifact(outcome.live.version)))
+    assert opened.searcher.search(encode(opened, ["Note 51 on the orchard and the lantern."]), 1)[0][0].doc_id == "d51"

@@ -1,0 +1,44 @@
+"""``vecmill bench``: what this machine does with what a config asks for."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
+from pipeline.config import load_config
+from pipeline.job import plan_job
+from pipeline.planning import sample_texts
+
+app = typer.Typer(help="Time a part of the pipeline on this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Time a part of the pipeline on this machine."""
+
+
+@app.command()
+@command
+def encoder(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also time SentenceTransformer.encode at its best")] = False,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs of each, interleaved; the median counts")] = 3,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time the config's encoder on a sample of its corpus: tokens/s, MFU, cosine to FP32, latency of one query."""
+    from pipeline.encoder_bench import measure
+    from pipeline.torch_engine import on_gpu
+
+    job = plan_job(load_config(config, tuple(overrides or ())), on_gpu=on_gpu())
+    report = asdict(measure(job.spec, sample_texts(job), rounds=rounds, baseline=baseline))
+    if as_json:
+        print_json(report)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in report.items():
+        table.add_row(f"[bold]{name}", str(value))
+    results.print(table)

@@ -1,0 +1,91 @@
+"""The model's fast tokenizer, cut to its limit, with the ids that sentence-transformers gives."""
+
+from collections.abc import Sequence
+
+from tokenizers import Encoding, Tokenizer
+
+from pipeline.errors import EncoderError
+from pipeline.model import ModelFolder
+
+CHARS_PER_TOKEN = 64
+"""First cut of a long text before it is tokenized, per token of the limit: one 10 MB document costs the
+tokenizer 17 s and 1.5 GB even with truncation on (measured, tokenizers 0.23)."""
+
+
+class TextTokenizer:
+    """The model's fast tokenizer, cut at ``max_tokens``, without padding. Same ids as sentence-transformers gives."""
+
+    def __init__(self, folder: ModelFolder, max_tokens: int) -> None:
+        file = next(
+            (f for f in (folder.path / "tokenizer.json", folder.path / "0_StaticEmbedding" / "tokenizer.json") if f.is_file()),
+            None,
+        )
+        if file is None:
+            raise EncoderError(f"{folder.path}: no tokenizer.json; save the model with its fast tokenizer")
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.is_static = folder.is_static
+        self.max_tokens = max_tokens
+        self.special_tokens = 0 if self.is_static else self._tokenizer.num_special_tokens_to_add(False)
+        self._head_chars = min(max_tokens, 1 << 16) * CHARS_PER_TOKEN
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids with special tokens, at most ``max_tokens`` each."""
+        encodings = self._encode([text[: self._head_chars] for text in texts])
+        return [self._cut(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def words(self) -> list[str]:
+        """Whole words of the vocabulary, in order."""
+        return sorted(word for word in self._tokenizer.get_vocab() if word.isascii() and word.isalpha())
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Character span of each token of the whole text, special tokens left out."""
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens with special tokens, not cut; a text cut before tokenizing counts as ``max_tokens + 1`` at least."""
+        return [
+            len(encoding.ids) if len(text) <= self._head_chars else self._count_long(text)
+            for text, encoding in zip(texts, self._encode([text[: self._head_chars] for text in texts]), strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=not self.is_static)
+
+    def _count_long(self, text: str) -> int:
+        return len(self._long_ids(text))
+
+    def _cut(self, text: str, encoding: Encoding) -> list[int]:
+        ids = encoding.ids if len(text) <= self._head_chars else self._long_ids(text)
+        if len(ids) <= self.max_tokens:
+            return ids
+        content = self._content(ids)[: self.max_tokens - self.special_tokens]
+        prefix, suffix = self._frame
+        return prefix + content + suffix
+
+    def _long_ids(self, text: str) -> list[int]:
+        """Ids of a beginning of ``text`` that is long enough to fill the limit with two tokens to spare."""
+        size = self._head_chars
+        while True:
+            ids = self._encode([text[:size]])[0].ids
+            if len(ids) > self.max_tokens + 2 or size >= len(text):
+                return ids
+            size *= 4
+
+    @property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        if self.is_static:
+            return [], []
+        ids = self._tokenizer.encode("a").ids
+        content = self._tokenizer.encode("a", add_special_tokens=False).ids
+        start = next(i for i in range(len(ids)) if ids[i : i + len(content)] == content)
+        return ids[:start], ids[start + len(content) :]
+
+    def _content(self, ids: list[int]) -> list[int]:
+        prefix, suffix = self._frame
+        return ids[len(prefix) : len(ids) - len(suffix)]
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens that ``prompt`` takes before a text, leading special tokens included (as sentence-transformers counts)."""
+        return len(self._encode([prompt])[0].ids) - len(self._frame[1]) if prompt else 0

@@ -1,0 +1,215 @@
+"""A model on PyTorch: CUDA, and every CPU. The only torch and sentence-transformers door.
+
+Weights run in the precision of the spec without autocast; pooling and normalisation always run in FP32. On CUDA
+a batch is sent while the last one is computed, and vectors are fetched once per call, so that the GPU never waits.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import torch
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as transformers_logging
+
+from pipeline.batching import Lengths, Tokens, pad, run_within
+from pipeline.errors import EncoderError
+from pipeline.model import EncoderSpec, ModelFolder
+
+Vectors = npt.NDArray[np.float32]
+"""(n, dim), rows of length 1."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GPU_WIDTH_MULTIPLE = 8
+"""Tensor cores take matrices whose sides are multiples of 8."""
+GEMM_SIDE = {"cpu": 1536, "cuda": 8192}
+GEMM_SECONDS = 0.15
+
+
+class TorchEngine:
+    """A loaded model in FP32 until ``lower`` is called. Not safe for concurrent calls."""
+
+    def __init__(self, spec: EncoderSpec, folder: ModelFolder) -> None:
+        self.on_gpu = on_gpu()
+        self.budget = 0
+        """Padded tokens per batch; set by the caller, halved for good when the GPU runs out of memory."""
+        self._device = torch.device("cuda" if self.on_gpu else "cpu")
+        self._dim = spec.dim
+        self._model = _load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code)
+        self._static = folder.is_static
+        if not self._static:
+            self._model.max_seq_length = spec.max_tokens
+        self.pad_id = 0 if self._static else int(self._model.tokenizer.pad_token_id or 0)
+        self._parts = list(self._model.children())
+
+    def lower(self, precision: str) -> None:
+        """Run the first module, which is all but pooling and heads, in ``precision``."""
+        self._parts[0].to(DTYPES[precision])
+
+    def token_ids(self, text: str) -> list[int]:
+        """What sentence-transformers makes of a text."""
+        return cast(list[int], self._model.preprocess([text])["input_ids"][0].tolist())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Twice the weights of the linear layers: one multiplication and one addition each.
+
+        Attention is left out, and a pooler, which sees one token of a text.
+        """
+        named = self._parts[0].named_modules()
+        linear = [module for name, module in named if isinstance(module, torch.nn.Linear) and "pooler" not in name]
+        return 2.0 * sum(module.weight.numel() for module in linear)
+
+    def run(self, tokens: Sequence[Tokens], lengths: Lengths, prompt_tokens: int = 0) -> Vectors:
+        """Unit vectors of texts in order of descending length, (rows, dim); NaN for a text that does not fit into memory."""
+
+        def forward(first: int, end: int) -> torch.Tensor:
+            return self._forward(tokens[first:end], prompt_tokens)
+
+        with torch.inference_mode():
+            parts, self.budget = run_within(lengths, self.budget, forward, torch.OutOfMemoryError)
+            lost = torch.full((1, self._dim), torch.nan, device=self._device)
+            found: Vectors = torch.cat([lost if part is None else part for part in parts]).cpu().numpy()
+        return found
+
+    def as_function(self, example: Sequence[Tokens], *, int8: bool) -> tuple[Any, tuple[Any, Any]]:
+        """The whole model as a module of (ids, mask) -> vectors, not normalised, and tensors to trace it with.
+
+        ``int8``: with linear weights in int8; this engine is then spent.
+        """
+        if int8:
+            _quantize_linear(self._parts[0])
+        ids, mask = pad(example, self.pad_id)
+        return _Whole(self._parts, self._dim), (torch.from_numpy(ids), torch.from_numpy(mask))
+
+    def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
+        features = self._flat(batch) if self._static else self._rectangle(batch)
+        if prompt_tokens:
+            features["prompt_length"] = prompt_tokens
+        first, *rest = self._parts
+        features = first(features)
+        if "token_embeddings" in features:
+            features["token_embeddings"] = features["token_embeddings"].float()
+        for module in rest:
+            features = module(features)
+        return torch.nn.functional.normalize(features["sentence_embedding"][:, : self._dim].float(), dim=1)
+
+    def _rectangle(self, batch: Sequence[Tokens]) -> dict[str, Any]:
+        ids, mask = pad(batch, self.pad_id, multiple=GPU_WIDTH_MULTIPLE if self.on_gpu else 1)
+        return {"input_ids": self._send(ids), "attention_mask": self._send(mask)}
+
+    def _flat(self, batch: Sequence[Tokens]) -> dict[str, Any]:
+        starts = np.cumsum([0, *(len(tokens) for tokens in batch[:-1])], dtype=np.int64)
+        flat = np.fromiter((token for tokens in batch for token in tokens), dtype=np.int64)
+        return {"input_ids": self._send(flat), "offsets": self._send(starts)}
+
+    def _send(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self.on_gpu else tensor
+
+
+class _Whole(torch.nn.Module):
+    """All modules of a model as one function, for tracing."""
+
+    def __init__(self, parts: Sequence[Any], dim: int) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+        self.dim = dim
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Vectors, (rows, dim), not normalised."""
+        features = {"input_ids": ids, "attention_mask": mask}
+        for module in self.parts:
+            features = module(features)
+        return features["sentence_embedding"][:, : self.dim]
+
+
+class _Int8Linear(torch.nn.Module):
+    """A linear layer whose weights are int8 with one scale per output: a runtime that knows the pattern multiplies in int8."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.data
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same as the layer it stands for, but for rounding."""
+        weight = cast(torch.Tensor, self.weight)
+        return torch.nn.functional.linear(inputs, weight.to(torch.float32) * cast(torch.Tensor, self.scale), self.bias)
+
+
+def _quantize_linear(module: Any) -> None:
+    """Replace every linear layer below ``module`` by one with int8 weights, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.Linear):
+            setattr(module, name, _Int8Linear(child))
+        else:
+            _quantize_linear(child)
+
+
+def on_gpu() -> bool:
+    """Whether encoders on this machine have a GPU."""
+    return torch.cuda.is_available()
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this process for torch, whatever Ray or the environment set before."""
+    torch.set_num_threads(threads)
+
+
+def threads() -> int:
+    """CPU threads that torch uses."""
+    return torch.get_num_threads()
+
+
+def matmul_rate(precision: str) -> float:
+    """FLOP/s of a large square matrix product here, the best of several."""
+    device = "cuda" if on_gpu() else "cpu"
+    side = GEMM_SIDE[device]
+    matrix = torch.ones(side, side, dtype=DTYPES[precision], device=device)
+    rates: list[float] = []
+    started = time.perf_counter()
+    with torch.inference_mode():
+        while len(rates) < 3 or time.perf_counter() - started < GEMM_SECONDS:
+            begin = time.perf_counter()
+            torch.mm(matrix, matrix)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            rates.append(2.0 * side**3 / (time.perf_counter() - begin))
+    return max(rates)
+
+
+def device_name() -> str:
+    """What encodes here, in words."""
+    return torch.cuda.get_device_name() if on_gpu() else f"CPU, {threads()} threads"
+
+
+def load_plain(folder: Path, precision: str) -> Any:
+    """A SentenceTransformer as people load it, in ``precision``: what we measure ourselves against."""
+    device = "cuda" if on_gpu() else "cpu"
+    return SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs={"dtype": DTYPES[precision]})
+
+
+def _load(path: str, device: torch.device, *, trust_remote_code: bool) -> Any:
+    transformers_logging.disable_progress_bar()
+    settings = {"use_safetensors": True}
+    try:
+        model = SentenceTransformer(
+            path, device=str(device), local_files_only=True, trust_remote_code=trust_remote_code, model_kwargs=settings
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise EncoderError(f"{path}: cannot be loaded, {' '.join(str(error).split())}; check the model folder") from error
+    return model.eval().float()
