@@ -49,6 +49,7 @@ def _records(job: Job, units: list[IngestUnit]) -> list[Record]:
 
 
 def _run(job: Job, units: list[IngestUnit]) -> list[Record]:
+    job.say(Event("ingest", "", 0, len(units), {}))
     rows = [{"unit": unit.model_dump_json()} for unit in units]
     arguments = (job.config, job.spec, job.storage)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_ingest_row, fn_args=arguments, num_cpus=1)
