@@ -56,11 +56,11 @@ class Encoder:
         self.spec = spec
         self.dim = spec.dim
         self.tokenizer = TextTokenizer(self._folder, spec.max_tokens)
-        exact = TorchEngine(spec, self._folder)
-        self.on_gpu = exact.on_gpu
-        self.flops_per_token = exact.flops_per_token
-        self._check_tokenizer(exact)
-        self._engine = self._make_engine(exact, one_by_one=one_by_one)
+        engine = TorchEngine(spec, self._folder, spec.precision if spec.backend == "torch" else "fp32")
+        self.on_gpu = engine.on_gpu
+        self.flops_per_token = engine.flops_per_token
+        self._check_tokenizer(engine)
+        self._engine = engine if spec.backend == "torch" else self._compile(engine, one_by_one=one_by_one)
         self._engine.budget = batch_tokens or BUDGETS["cuda" if self.on_gpu else "cpu"][1]
         self._probe()
 
@@ -143,11 +143,8 @@ class Encoder:
             self._exact_engine = TorchEngine(self.spec, self._folder)
         return cast(Vectors, self._exact_engine.run([tokens], _lengths([tokens]), prompt_tokens)[0])
 
-    def _make_engine(self, exact: TorchEngine, *, one_by_one: bool) -> TorchEngine | OpenVinoEngine:
-        """The engine of the spec. OpenVINO's vector of a probe must be that of torch in FP32."""
-        if self.spec.backend == "torch":
-            exact.lower(self.spec.precision)
-            return exact
+    def _compile(self, exact: TorchEngine, *, one_by_one: bool) -> OpenVinoEngine:
+        """The same on OpenVINO, whose vector of a probe must be that of torch in FP32."""
         probe = self.tokenizer([PROBE])
         vector = exact.run(probe, _lengths(probe))
         module, example = exact.as_function(self.tokenizer([PROBE, "a"]), int8=self.spec.precision == "int8")
@@ -181,9 +178,9 @@ class Encoder:
                 f"set encoder.precision={'bf16' if self.spec.precision == 'fp16' else 'fp32'}"
             )
 
-    def _check_tokenizer(self, exact: TorchEngine) -> None:
+    def _check_tokenizer(self, engine: TorchEngine) -> None:
         """The ids of tokenizer.json and those of sentence-transformers are one, or the vectors would be of other texts."""
-        if not self.tokenizer.is_static and self.tokenizer([PROBE])[0] != exact.token_ids(PROBE):
+        if not self.tokenizer.is_static and self.tokenizer([PROBE])[0] != engine.token_ids(PROBE):
             raise EncoderError(
                 f"{self.spec.model}: tokenizer.json gives other ids than the model's tokenizer class; save the model again"
             )

@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from pipeline.batching import Lengths, Tokens, pad, run_within
@@ -37,24 +38,24 @@ GEMM_SECONDS = 0.15
 
 
 class TorchEngine:
-    """A loaded model in FP32 until ``lower`` is called. Not safe for concurrent calls."""
+    """A loaded model. Not safe for concurrent calls."""
 
-    def __init__(self, spec: EncoderSpec, folder: ModelFolder) -> None:
+    def __init__(self, spec: EncoderSpec, folder: ModelFolder, precision: str = "fp32") -> None:
+        """``precision``: of the weights of the first module, which is all but pooling and heads."""
         self.on_gpu = on_gpu()
         self.budget = 0
         """Padded tokens per batch; set by the caller, halved for good when the GPU runs out of memory."""
         self._device = torch.device("cuda" if self.on_gpu else "cpu")
         self._dim = spec.dim
-        self._model = _load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code)
+        flash = self.on_gpu and precision != "fp32" and is_flash_attn_2_available()
+        self._model = _load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code, flash=flash)
         self._static = folder.is_static
         if not self._static:
             self._model.max_seq_length = spec.max_tokens
         self.pad_id = 0 if self._static else int(self._model.tokenizer.pad_token_id or 0)
         self._parts = list(self._model.children())
-
-    def lower(self, precision: str) -> None:
-        """Run the first module, which is all but pooling and heads, in ``precision``."""
         self._parts[0].to(DTYPES[precision])
+        self._packs = getattr(self._parts[0], "can_flatten_inputs", False)
 
     def token_ids(self, text: str) -> list[int]:
         """What sentence-transformers makes of a text."""
@@ -93,7 +94,8 @@ class TorchEngine:
         return _Whole(self._parts, self._dim), (torch.from_numpy(ids), torch.from_numpy(mask))
 
     def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
-        features = self._flat(batch) if self._static else self._rectangle(batch)
+        shape = self._flat if self._static else self._packed if self._packs else self._rectangle
+        features = shape(batch)
         if prompt_tokens:
             features["prompt_length"] = prompt_tokens
         first, *rest = self._parts
@@ -107,6 +109,15 @@ class TorchEngine:
     def _rectangle(self, batch: Sequence[Tokens]) -> dict[str, Any]:
         ids, mask = pad(batch, self.pad_id, multiple=GPU_WIDTH_MULTIPLE if self.on_gpu else 1)
         return {"input_ids": self._send(ids), "attention_mask": self._send(mask)}
+
+    def _packed(self, batch: Sequence[Tokens]) -> dict[str, Any]:
+        """One row of all texts without padding, as flash attention takes it; collated as sentence-transformers does."""
+        first = self._parts[0]
+        features = dict(first.data_collator([{"input_ids": list(ids)} for ids in batch]))
+        features.pop("labels")
+        features["position_ids"] = features["position_ids"] + first._flatten_position_offset
+        tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+        return features | {name: value.to(self._device, non_blocking=True) for name, value in tensors.items()}
 
     def _flat(self, batch: Sequence[Tokens]) -> dict[str, Any]:
         starts = np.cumsum([0, *(len(tokens) for tokens in batch[:-1])], dtype=np.int64)
@@ -203,13 +214,16 @@ def load_plain(folder: Path, precision: str) -> Any:
     return SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs={"dtype": DTYPES[precision]})
 
 
-def _load(path: str, device: torch.device, *, trust_remote_code: bool) -> Any:
+def _load(path: str, device: torch.device, *, trust_remote_code: bool, flash: bool) -> Any:
+    """A model in FP32, with flash attention where the model supports it, else with what it prefers (SDPA)."""
     transformers_logging.disable_progress_bar()
-    settings = {"use_safetensors": True}
+    settings = {"use_safetensors": True} | ({"attn_implementation": "flash_attention_2"} if flash else {})
     try:
         model = SentenceTransformer(
             path, device=str(device), local_files_only=True, trust_remote_code=trust_remote_code, model_kwargs=settings
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if flash:
+            return _load(path, device, trust_remote_code=trust_remote_code, flash=False)
         raise EncoderError(f"{path}: cannot be loaded, {' '.join(str(error).split())}; check the model folder") from error
     return model.eval().float()

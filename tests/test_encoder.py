@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from transformers import DataCollatorWithFlattening
 
 from jobs.demo_corpus import docstrings
 from pipeline.batching import pack_batches, padded_tokens, run_within
@@ -205,6 +207,22 @@ def test_query_model_encodes_the_queries(tmp_path, minilm, serving):
     _hash_files.cache_clear()
     with pytest.raises(EncoderError, match="not the query model that the artifact was made for"):
         load_query_encoder(spec)
+
+
+def test_texts_are_packed_as_sentence_transformers_packs_them(minilm):
+    """For flash attention, which needs a GPU; what it is given can be compared anywhere."""
+    encoder = Encoder(minilm[0])
+    engine, first = encoder._engine, encoder._engine._model[0]
+    first.data_collator = DataCollatorWithFlattening(
+        return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
+    )
+    first.can_flatten_inputs, first._flatten_position_offset = True, 0
+    texts = ["one text", "a", "another, longer text"]
+    theirs = engine._model.preprocess(texts)
+    ours = engine._packed(encoder.tokenizer(texts))
+    assert {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q"} <= ours.keys() <= theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
