@@ -25,7 +25,7 @@ from pipeline.torch_engine import TorchEngine, Vectors
 BUDGETS = {"cpu": (1024, 2048), "cuda": (16384, 32768, 65536, 131072)}
 """Padded tokens per batch that ``calibrate`` tries; without it the second. On CPUs 1 to 2 k is the flat optimum
 for MiniLM (DESIGN)."""
-CALIBRATION_SECONDS = 0.4
+CALIBRATION_SECONDS = 0.3
 CALIBRATION_GAIN = 1.03
 """A larger budget must be so much faster: a smaller one pads less and needs less memory."""
 MIN_ENGINE_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
@@ -105,10 +105,10 @@ class Encoder:
         """Choose the batch budget that is fastest on this device, in about a second; texts of 8 to max_tokens tokens."""
         budgets = BUDGETS["cuda" if self.on_gpu else "cpu"]
         rate = self._rate(self._sample(budgets[0]))
-        size = int(rate * CALIBRATION_SECONDS)
-        if size < 2 * budgets[-1] or self.tokenizer.is_static:
+        size = 2 * budgets[-1]
+        if size > 4 * rate * CALIBRATION_SECONDS or self.tokenizer.is_static:
             return  # so slow a model fills the device with any budget
-        sample = self._sample(size)
+        sample = self._sample(max(size, int(rate * CALIBRATION_SECONDS)))
         best, best_rate = self.batch_tokens, 0.0
         for budget in budgets:
             self._engine.budget = budget
