@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # models come from packages and folders here; nothing asks a hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format bench config-reference clean
+.PHONY: help demo test lint format bench bench-encoder config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ format: $(INSTALLED)  ## format and sort imports
 
 bench: $(INSTALLED)  ## measure what the README states; minutes
 	$(BIN)/python tests/benchmarks/spine.py
+
+bench-encoder: $(INSTALLED)  ## measure the encoder against other engines; 20 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt --editable '.[bench]'
+	$(BIN)/python tests/benchmarks/encoder.py
 
 config-reference: $(INSTALLED)  ## write configs/cluster.yaml again from the models
 	$(BIN)/python tests/config_reference.py

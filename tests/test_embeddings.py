@@ -3,9 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.embeddings import is_among, plan_embedding
-from pipeline.manifest import DataFile
+from pipeline.embeddings import is_among, plan_embedding, put_embeddings, quarantined_keys, stored_keys
+from pipeline.errors import EncoderError
+from pipeline.manifest import DataFile, Record
 from pipeline.shards import KEY_DTYPE
+from pipeline.storage import Storage
 
 
 def keys(numbers):
@@ -45,3 +47,22 @@ def test_plan_names_units_by_their_keys_alone():
 @pytest.mark.parametrize(("known", "expected"), [([], [False, False]), ([1], [True, False]), ([0, 1, 2], [True, True])])
 def test_is_among(known, expected):
     assert is_among(keys([1, 2]), np.sort(keys(known))).tolist() == expected
+
+
+@pytest.mark.parametrize("failed", [{}, {1: "not finite"}, {0: "a", 1: "b", 2: "c"}])
+def test_vectors_and_quarantined_are_the_passages(tmp_path, failed):
+    storage = Storage(str(tmp_path))
+    vectors = np.eye(3, 8, dtype=np.float32)
+    vectors[list(failed)] = np.nan
+    record = put_embeddings(storage, "e", keys([1, 2, 3]), vectors, failed, Record(unit="u", files=(), counts={"tokens": 9}))
+    assert record.counts == {"tokens": 9, "passages": 3 - len(failed), "rejected": len(failed)}
+    stored, rejected = stored_keys(storage, "e", [record]), quarantined_keys(storage, "e", [record])
+    assert rejected.tolist() == keys([1, 2, 3])[sorted(failed)].tolist()
+    assert np.union1d(stored, rejected).tolist() == keys([1, 2, 3]).tolist()
+    again = put_embeddings(storage, "e", keys([2, 7]), np.eye(2, 8, dtype=np.float32), {}, Record(unit="v", files=()))
+    assert keys([2])[0] not in quarantined_keys(storage, "e", [record, again])
+
+
+def test_a_vector_that_is_none_is_refused(tmp_path):
+    with pytest.raises(EncoderError, match="2 vectors for 2 passages, lengths 0"):
+        put_embeddings(Storage(str(tmp_path)), "e", keys([1, 2]), np.zeros((2, 8), np.float32), {}, Record(unit="u", files=()))

@@ -123,6 +123,9 @@ def test_static_model_is_encoded_as_sentence_transformers_does(tmp_path, minilm)
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32), Normalize()], device="cpu")
     model.save(str(tmp_path / "static"))
     spec, _ = resolve_spec(model=str(tmp_path / "static"))
+    encoded = Encoder(spec).encode_tokens([[], [5, 6], []])
+    assert sorted(encoded.failed) == [0, 2]
+    assert np.isfinite(encoded.vectors[1]).all()
     texts = ["one text", "another, longer text " * 300, "a"]
     assert spec.dim == 32
     assert (Encoder(spec).encode_documents(texts) * model.encode(texts)).sum(axis=1).min() > 0.99999

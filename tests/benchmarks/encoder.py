@@ -1,4 +1,6 @@
-"""Measures the encoder against sentence-transformers and the other CPU engines; writes encoder.json. About 20 minutes, ``--only stage`` for one part.
+"""Measures the encoder against sentence-transformers and the other CPU engines; writes encoder.json.
+
+About 20 minutes; ``--only stage`` measures one part again.
 
 Texts: 20,000 windows of the standard library's docstrings, 5 to 500 tokens, log-uniform, cut at the model's 256.
 Points 1 to 5 run on slices of them, all contenders in turn in every round; medians, with the cosine to FP32 beside.

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,21 @@ sys.path.insert(0, str(HOME))
 
 import faiss
 import numpy as np
-from sentence_transformers import SentenceTransformer
 
-from jobs.demo_corpus import docstrings
 from pipeline import index
 from pipeline.config import IndexConfig
-from pipeline.encoder import Encoder, resolve_here
 from pipeline.evaluation import encode_queries, labelled, read_qrels
 from pipeline.live import open_live
-from pipeline.model import resolve_spec
 from pipeline.recall import exact_search, ground_truth, measure_point
 from pipeline.run import reindex
 from pipeline.searcher import search_vectors
-from tests.conftest import MINILM, SHARED_DATA, make_config
+from tests.conftest import SHARED_DATA, make_config
 
 ROUNDS = 3
-TEXTS = 600
 
 
 def main() -> None:
-    results: dict[str, Any] = {"machine": machine(), "encoder": encoder(), "noop": {}, "scifact": {}}
+    results: dict[str, Any] = {"machine": machine(), "noop": {}, "scifact": {}}
     with tempfile.TemporaryDirectory(prefix="vmbench") as folder:
         if (SHARED_DATA / "scifact").is_dir():
             results["scifact"], vectors = scifact(Path(folder))
@@ -68,56 +62,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "commit": commit,
-    }
-
-
-def interleaved(contenders: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each, run in turn, and what each returned last."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    returned: dict[str, Any] = {}
-    for _ in range(ROUNDS):
-        for name, run in contenders.items():
-            started = time.perf_counter()
-            returned[name] = run()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}, returned
-
-
-def encoder() -> dict[str, Any]:
-    """The bare encode loop against SentenceTransformer.encode, FP32 defaults and BF16, on real texts of mixed length."""
-    import torch
-
-    texts = [row["text"] for row in docstrings()][: 10 * TEXTS : 10]
-    precision = resolve_here("auto")
-    spec, folder = resolve_spec(model=MINILM, precision=precision)
-    ours = Encoder(spec)
-    exact = Encoder(resolve_spec(model=MINILM, precision="fp32")[0])
-    theirs = SentenceTransformer(str(folder.path), device="cpu")
-    theirs_bf16 = SentenceTransformer(str(folder.path), device="cpu", model_kwargs={"dtype": torch.bfloat16})
-    seconds, vectors = interleaved(
-        {
-            "vecmill": lambda: ours.encode_documents(texts),
-            "vecmill fp32": lambda: exact.encode_documents(texts),
-            "sentence-transformers fp32": lambda: theirs.encode_document(texts),
-            "sentence-transformers bf16": lambda: theirs_bf16.encode_document(texts),
-        }
-    )
-    reference = vectors["sentence-transformers fp32"]
-    cosine = {
-        name: {"mean": round(float(found.mean()), 7), "min": round(float(found.min()), 7)}
-        for name, each in vectors.items()
-        if (found := (each.astype(np.float32) * reference).sum(axis=1) / np.linalg.norm(each.astype(np.float32), axis=1)).size
-    }
-    tokens = sum(len(ids) for ids in ours.tokenizer(texts))
-    return {
-        "texts": len(texts),
-        "tokens": tokens,
-        "precision": precision,
-        "tokens_per_s": {name: round(tokens / value) for name, value in seconds.items()},
-        "ratio_to_st_fp32": round(seconds["sentence-transformers fp32"] / seconds["vecmill"], 1),
-        "ratio_to_st_bf16": round(seconds["sentence-transformers bf16"] / seconds["vecmill"], 1),
-        "ratio_fp32_to_st_fp32": round(seconds["sentence-transformers fp32"] / seconds["vecmill fp32"], 1),
-        "cosine": cosine,
     }
 
 
