@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # models come from packages and folders here; nothing asks a hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format bench bench-encoder config-reference clean
+.PHONY: help demo test soak audit-packages lint format bench bench-encoder bench-index config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ demo: $(INSTALLED)  ## index the docstrings of the Python standard library and s
 test: $(INSTALLED)  ## the test suite
 	$(BIN)/python -m pytest
 
+soak: $(INSTALLED)  ## longer fault tests: ten thousand publishes under a reader, more orders of events; minutes
+	VECMILL_PUBLISHES=10000 VECMILL_EXAMPLES=300 $(BIN)/python -m pytest tests/faults/test_states.py
+
+audit-packages: $(INSTALLED)  ## known vulnerabilities in the pinned versions; asks the package index
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement docker/constraints.txt --no-deps --disable-pip
+
 lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +47,19 @@ bench: $(INSTALLED)  ## measure what the README states; minutes
 bench-encoder: $(INSTALLED)  ## measure the encoder against other engines; 20 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint docker/constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/encoder.py
+
+# bench-index: where fetched texts and vectors are kept, a folder with a static model of 256 dimensions, the other engines
+FOLDER ?= build/bench
+STATIC ?= build/bench/potion-base-8M
+PEERS := hnswlib usearch numkong lancedb lance-namespace lance-namespace-urllib3-client overrides deprecation autofaiss \
+	embedding-reader fire termcolor wrapt tqdm
+
+bench-index: $(INSTALLED)  ## measure the index, its build, its merge, its quality and its peers; two hours
+	$(BIN)/python tests/benchmarks/index.py $(FOLDER) $(STATIC)
+	$(BIN)/python tests/benchmarks/merge.py $(FOLDER) $(STATIC)
+	$(BIN)/python tests/benchmarks/quality.py
+	$(BIN)/python -m pip install --quiet --target $(FOLDER)/peers --no-deps $(PEERS)
+	PYTHONPATH=$(FOLDER)/peers $(BIN)/python tests/benchmarks/peers.py $(FOLDER) $(STATIC)
 
 config-reference: $(INSTALLED)  ## write configs/cluster.yaml again from the models
 	$(BIN)/python tests/config_reference.py

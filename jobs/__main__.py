@@ -2,13 +2,19 @@
 
 import typer
 
+from jobs.audit import audit
 from jobs.bench import app as bench
 from jobs.demo import demo
+from jobs.doctor import app as doctor
 from jobs.evaluate import evaluate
+from jobs.export import export
 from jobs.plan import plan
 from jobs.reindex import embed, index, ingest, reindex
 from jobs.search import search
 from jobs.status import status
+from jobs.tune import report, tune
+from jobs.upkeep import gc, rollback, unlock
+from jobs.validate import validate
 from jobs.verify import verify
 from pipeline import __version__
 
@@ -19,9 +25,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for function in (reindex, ingest, embed, index, plan, search, evaluate, verify, status, demo):
+COMMANDS = (
+    reindex, ingest, embed, index, plan, validate, search, evaluate, tune, report, verify, audit, export, status, rollback,
+    gc, unlock, demo,
+)  # fmt: skip
+for function in COMMANDS:
     app.command()(function)
 app.add_typer(bench, name="bench")
+app.add_typer(doctor, name="doctor")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import typer
 from jobs.demo_corpus import write_corpus
 from jobs.options import QuietOption, VerboseOption, command, messages, progress, results
 from jobs.search import hit_table
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 
 DEMO_CONFIG = """# written by `vecmill demo`; use it with vecmill search -c, status -c, reindex -c
 root: {folder}/root

@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.live import open_live
 

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.job import Job, plan_job
+from pipeline.numerics import on_gpu
 from pipeline.planning import Plan, make_plan
 
 
@@ -25,7 +27,6 @@ def plan(
 
 def _plan(config: Config) -> tuple[Plan, Job]:
     from pipeline.encoder import measure_rate
-    from pipeline.torch_engine import on_gpu
 
     job = plan_job(config, on_gpu=on_gpu())
 
@@ -37,11 +38,8 @@ def _plan(config: Config) -> tuple[Plan, Job]:
 
 def _show(found: Plan, job: Job) -> None:
     index = found.index
-    size = (
-        ""
-        if index.kind == "flat"
-        else f", nlist {index.nlist}, m {index.m}, {index.nbits} bits, trained on {index.train_vectors}"
-    )
+    size = f", nlist {index.nlist}, trained on {index.train_vectors}" if index.nlist else ""
+    size += f", m {index.m}, {index.nbits} bits" if index.m else ""
     rows = {
         "corpus": f"{job.config.corpus.uri}: {found.files} files ({', '.join(found.formats)}), {_mb(found.input_bytes)}",
         "work": f"{found.units} ingest units, {found.units_done} of them done before",

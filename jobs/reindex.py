@@ -15,7 +15,8 @@ from jobs.options import (
     print_json,
     progress,
 )
-from pipeline.config import load_config
+from pipeline.config_file import load_config
+from pipeline.job import Event
 from pipeline.manifest import ArtifactManifest
 
 
@@ -35,6 +36,8 @@ def reindex(
     settings = load_config(config, tuple(overrides or ()))
     with progress(quiet=quiet) as say:
         outcome = run.reindex(settings, limit=limit, go_live=not no_publish, say=say)
+        if outcome.retries:
+            say(Event("storage", f"{outcome.retries} requests to the object store were made again"))
     if as_json:
         print_json(
             {
@@ -45,6 +48,7 @@ def reindex(
                 "trained": outcome.trained,
                 "index_shards": outcome.index_shards,
                 "committed": outcome.committed,
+                "retries": outcome.retries,
                 "built": _summary(outcome.built),
                 "live": _summary(outcome.live),
             }
@@ -93,6 +97,9 @@ def embed(
 def index(
     config: ConfigOption,
     overrides: SetOption = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Train for this corpus and merge anew even where what is live would do")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -102,7 +109,7 @@ def index(
 
     settings = load_config(config, tuple(overrides or ()))
     with progress(quiet=quiet) as say:
-        outcome = run.reindex(settings, encode=False, say=say)
+        outcome = run.reindex(settings, encode=False, rebuild=rebuild, say=say)
     if as_json:
         print_json({"index_shards": outcome.index_shards, "committed": outcome.committed, "live": _summary(outcome.live)})
 

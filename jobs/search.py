@@ -9,9 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.live import Opened, open_live, open_uri, query_spec
+from pipeline.operating import pick
 from pipeline.searcher import Hit
 
 MIN_TEXT_CHARS = 20
@@ -30,6 +32,12 @@ def search(
     overrides: SetOption = None,
     artifact: ArtifactOption = None,
     k: Annotated[int | None, typer.Option("-k", min=1, max=10_000, help="Documents to show; default search.k")] = None,
+    recall: Annotated[
+        float | None, typer.Option("--recall", min=0, max=1, help="The fastest measured settings that find so much")
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option("--latency", help="The best measured settings within a time per query: 2ms")
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -37,6 +45,9 @@ def search(
     settings, opened = open_artifact(config, overrides, artifact)
     if not query.strip():
         raise ConfigError("search: the query is empty; give a text")
+    if recall is not None or latency is not None:
+        points = opened.manifest.evaluation.points
+        opened.searcher.point = pick(points, recall=recall, latency_ms=_milliseconds(latency))
     from pipeline.encoder import load_query_encoder
 
     vectors = load_query_encoder(query_spec(opened, settings)).encode_queries([query])
@@ -51,7 +62,10 @@ def open_artifact(config: str | None, overrides: list[str] | None, artifact: str
     """The artifact that the options name: ``--artifact``, else the live one of the config."""
     settings = load_config(config, tuple(overrides or ())) if config else None
     if artifact is not None:
-        return settings, open_uri(artifact, settings.search if settings else None, settings.store if settings else None)
+        if settings is None:
+            return None, open_uri(artifact)
+        trusted = settings.encoder.trust_remote_code
+        return settings, open_uri(artifact, settings.search, settings.store, trust_remote_code=trusted)
     if settings is None:
         raise ConfigError(NOTHING_NAMED)
     return settings, open_live(settings)
@@ -76,6 +90,17 @@ def hit_table(hits: list[Hit]) -> Table:
         head = _plain(" ".join(hit.text[: 2 * room].split()))[:room]
         table.add_row(rank, score, Text(document), Text(head), Text(source))
     return table
+
+
+def _milliseconds(text: str | None) -> float | None:
+    """A time as people write it, 2ms, 0.5s or a number of milliseconds; raises ConfigError."""
+    if text is None:
+        return None
+    number, factor = (text[:-2], 1.0) if text.endswith("ms") else (text[:-1], 1000.0) if text.endswith("s") else (text, 1.0)
+    try:
+        return factor * float(number)
+    except ValueError as error:
+        raise ConfigError(f"--latency {text}: expected a time such as 2ms") from error
 
 
 def _plain(text: str) -> str:

@@ -6,12 +6,14 @@ from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
 from pipeline.artifact import MANIFEST
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.job import plan_job
+from pipeline.live import known_files
 from pipeline.log import Log
 from pipeline.manifest import ArtifactManifest, load
-from pipeline.snapshot import count_done, identify_files, known_files, plan_units
 from pipeline.storage import Storage
+from pipeline.units import count_done, identify_files, plan_units
 
 
 @command
@@ -66,7 +68,7 @@ def _artifacts(storage: Storage) -> list[dict[str, Any]]:
 def _next(settings: Config, storage: Storage) -> dict[str, int]:
     """Input files and the ingest units that the next reindex would have to read."""
     job = plan_job(settings, on_gpu=False)
-    files = identify_files(settings, known_files(storage))
+    files = identify_files(settings, known_files(storage)).chosen
     units = plan_units(files, settings, job.spec.space)
     return {"files": len(files), "units": len(units), "units_to_ingest": len(units) - count_done(storage, units)}
 

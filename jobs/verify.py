@@ -4,7 +4,7 @@ from jobs.options import JsonOption, SetOption, VerboseOption, command, print_js
 from jobs.search import NOTHING_NAMED, ArtifactOption, OptionalConfig
 from pipeline import artifact as artifacts
 from pipeline import layout
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.publish import require_live
 from pipeline.storage import Storage

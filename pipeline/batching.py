@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 Tokens = Sequence[int] | npt.NDArray[np.int32]
 """Token ids of one text."""
+Vectors = npt.NDArray[np.float32]
+"""(n, dim), rows of length 1."""
 Lengths = npt.NDArray[np.int64]
 """(n,) token counts."""
 Padded = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -23,11 +25,6 @@ def pack_batches(lengths: Lengths, budget: int) -> Iterator[tuple[int, int]]:
         end = min(len(lengths), first + max(1, budget // max(1, int(lengths[first]))))
         yield first, end
         first = end
-
-
-def padded_tokens(lengths: Lengths, budget: int) -> int:
-    """Tokens with padding of all batches that ``pack_batches`` makes."""
-    return sum(int(lengths[first]) * (end - first) for first, end in pack_batches(lengths, budget))
 
 
 def run_within(

@@ -4,19 +4,13 @@ Strict: an unknown key is an error with a suggestion. Only *what* (corpus, passa
 is ever fingerprinted; *how* (compute, store) never is, so it can change without invalidating work.
 """
 
-import difflib
-import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
-from pipeline.errors import ConfigError
-
-MAX_CONFIG_BYTES = 1 << 20
-"""A config is read by people; a larger file is a mistake or a YAML bomb."""
+Rescore = Literal["float16", "int8", "none"]
 
 
 class Section(BaseModel):
@@ -40,6 +34,19 @@ class CorpusConfig(Section):
         None, description='Column put before the text (title + " " + text); default: title in BEIR, else none'
     )
     metadata: tuple[str, ...] = Field((), description="Columns kept beside each document and returned by search")
+    mode: Literal["full", "append"] = Field(
+        "full",
+        description="full: the files are the whole corpus, what is gone from them is gone from the index; append: they only "
+        "add, a later file's row of the same id replaces the earlier one",
+    )
+    deletes: str | None = Field(
+        None, description="File, folder or glob of rows whose ids are left out of the index, in any of the formats"
+    )
+    on_error: Literal["abort", "quarantine", "skip_file"] = Field(
+        "quarantine",
+        description="Bad rows are put aside and counted, a file that cannot be read stops the run; abort: a bad row stops it "
+        "too; skip_file: such a file is put aside as well",
+    )
     max_bad_fraction: float = Field(
         0.001, ge=0, le=1, description="More rejected rows than this share (and than max_bad_rows) stop the run, exit 3"
     )
@@ -66,7 +73,9 @@ class EncoderConfig(Section):
     )
     revision: str | None = Field(None, description="Commit of a hub model; required for a hub id")
     query_prompt: str | None = Field(None, description="Put before each query; default: the model's own `query` prompt")
-    document_prompt: str | None = Field(None, description="Put before each passage; default: the model's own `document` prompt")
+    document_prompt: str | None = Field(
+        None, description="Put before each passage; default: the model's own `document`, `passage` or `corpus` prompt"
+    )
     max_tokens: int | None = Field(None, ge=8, description="Tokens per passage; default: the model's max_seq_length")
     dim: int | None = Field(
         None, ge=8, description="Leading dimensions kept (Matryoshka models); default: all that the model has"
@@ -85,15 +94,41 @@ class EncoderConfig(Section):
         "auto", description="What computes: auto is openvino for transformers on CPUs where it is installed, else torch"
     )
 
+    @model_validator(mode="after")
+    def _query_revision_with_query_model(self) -> "EncoderConfig":
+        if self.query_revision and not self.query_model:
+            raise ValueError("query_revision without query_model; set encoder.query_model too")
+        return self
+
 
 class IndexConfig(Section):
     """The index that is searched."""
 
-    kind: Literal["auto", "flat", "ivfpq"] = Field("auto", description="auto: flat for small corpora, else ivfpq")
+    kind: Literal["auto", "flat", "ivfpq", "ivfpqfs", "ivfrabitq", "ivfsq8"] = Field(
+        "auto",
+        description="auto: flat for small corpora, else ivfpqfs, product quantization of 4 bits scanned with SIMD; "
+        "ivfpq: of 8 bits; ivfrabitq: one bit per dimension; ivfsq8: a byte per dimension",
+    )
+    factory: str | None = Field(
+        None, description="A FAISS index_factory string instead of all that, built in one piece and not shard by shard"
+    )
     nlist: int | None = Field(None, ge=1, description="Inverted lists; default: about 4 * sqrt(passages), power of two")
-    m: int | None = Field(None, ge=1, description="PQ sub-vectors (bytes per vector at 8 bits); default: about dim / 8")
-    nbits: int = Field(8, ge=4, le=8, description="Bits per PQ sub-vector")
+    m: int | None = Field(
+        None, ge=1, description="PQ sub-vectors; default: what max_bytes_per_vector allows, at most dim / 2, at 8 bits dim / 8"
+    )
+    nbits: int | None = Field(None, ge=4, le=8, description="Bits per PQ sub-vector; default: 4 for ivfpqfs, 8 for ivfpq")
     opq: bool = Field(False, description="Rotate vectors before PQ (OPQ): slow to train")
+    max_bytes_per_vector: int | None = Field(
+        None, ge=9, description="Code and id in memory; default: 80. The vectors that re-score candidates stay on disk"
+    )
+    partitions: int | None = Field(
+        None, ge=1, description="Index files of an artifact; default: as many as compute.merge_memory asks for"
+    )
+    rescore: Rescore = Field(
+        "float16",
+        description="What candidates are scored again from, on disk; int8 needs half the page cache, none no vectors at all "
+        "(the index's own scores then: a third fewer neighbours found)",
+    )
     train_vectors: int | None = Field(
         None, ge=1, description="Training sample; default: 64 per list, at least 65,536, at most the corpus"
     )
@@ -126,6 +161,9 @@ class PublishConfig(Section):
     """When a new artifact may go live."""
 
     min_recall: float = Field(0.0, ge=0, le=1, description="Recall@k under this stops the commit, exit 5")
+    max_shrink: float = Field(
+        0.2, ge=0, le=1, description="So large a share of the live documents may be gone; more stops the run, exit 3"
+    )
 
 
 class SearchConfig(Section):
@@ -135,6 +173,9 @@ class SearchConfig(Section):
     nprobe: int | None = Field(None, ge=1, description="Lists visited; default: the measured point of the artifact")
     rescore: int | None = Field(
         None, ge=0, description="Candidates per asked neighbour re-scored exactly, 0 for none; default: the measured point"
+    )
+    max_latency_ms: float | None = Field(
+        None, gt=0, description="Search settings are chosen within this time of one query on one thread; default: no limit"
     )
     cache_dir: str | None = Field(None, description="Where artifacts of remote roots are kept; default: ~/.cache/vecmill")
 
@@ -163,6 +204,11 @@ class ComputeConfig(Section):
     gpus_per_encoder: float | None = Field(None, ge=0, description="Default: 1 where the cluster has GPUs, else 0")
     cpus_per_encoder: int | None = Field(None, ge=1, description="Threads of an encoder; default: an equal share of a node")
     unit_passages: int | None = Field(None, ge=1, description="Passages per embedding shard; default: by corpus and pool")
+    merge_memory: ByteSize = Field(
+        cast(ByteSize, "4GB"),
+        validate_default=True,
+        description="Memory of the merge, 128 MiB of it for libraries; an index that needs more is cut into several files",
+    )
     scratch: str | None = Field(None, description="Local folder for files in the making; default: the system's temp folder")
     lease_ttl_s: float = Field(30.0, gt=0, description="A writer without a heartbeat for so long is taken for dead")
 
@@ -193,69 +239,3 @@ class Config(Section):
 
 def _absolute(uri: str) -> str:
     return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
-
-
-def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply ``a.b=value`` overrides, validate.
-
-    Relative local paths are left as they are: they count from the working directory.
-    Raises ConfigError naming the file and the key.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"{path}: no such config file; pass -c FILE, see configs/ for examples")
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {file.stat().st_size} bytes, over the limit of {MAX_CONFIG_BYTES} for a config")
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override)
-    return parse_config(data, where=str(path))
-
-
-def parse_config(data: dict[str, Any], *, where: str = "config") -> Config:
-    """Validate a mapping; raises ConfigError with one line per problem and a suggestion for unknown keys."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        problems = [_explain(issue["loc"], issue["type"], issue["msg"]) for issue in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from error
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    name, separator, value = override.partition("=")
-    keys = name.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"--set {override}: expected a.b=value")
-    parsed = _override_value(value, override)
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {key} is not a section")
-    data[keys[-1]] = parsed
-
-
-def _override_value(value: str, override: str) -> Any:
-    """A YAML number, truth value, null, list or quoted text; anything else is text as it stands (``query: `` too)."""
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
-    as_written = isinstance(parsed, str | dict) and not value.lstrip().startswith(("{", '"', "'"))
-    return value if as_written or not value else parsed
-
-
-def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    name = ".".join(str(part) for part in location)
-    if kind != "extra_forbidden":
-        return f"{name}: {message}" if name else message
-    section: Any = Config
-    for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
-    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1, cutoff=0.5)
-    known = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(section.model_fields)}"
-    return f"{name}: unknown key; {known}"

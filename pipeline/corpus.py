@@ -7,14 +7,16 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import CorpusConfig, StoreConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import BadFileError, ConfigError, DataError
 from pipeline.fingerprint import sha256
-from pipeline.formats import BadRowError, Columns, Slice, base_name, ending, read_rows
-from pipeline.storage import FileInfo
+from pipeline.formats import read_rows
+from pipeline.listing import FileInfo
+from pipeline.manifest import InputFile
+from pipeline.slices import BadRowError, Columns, Slice, base_name, ending
 
 FORMAT_OF_ENDING = {
     ".parquet": "parquet",
@@ -30,6 +32,7 @@ FORMAT_OF_ENDING = {
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
 TEXT_HEAD_CHARS = 200
+MAX_ID_CHARS = 2048
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class SourceDocument:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that does not keep the contract, and why."""
+    """A row that does not keep the contract, or a whole file (no row), and why."""
 
     source_uri: str
-    source_row: int
+    source_row: int | None
     doc_id: str | None
     code: str
     message: str
@@ -78,7 +81,7 @@ def choose_files(files: Sequence[FileInfo], corpus: CorpusConfig) -> list[tuple[
             )
     for file, found in chosen:
         if file.size_bytes == 0 and found != "text":
-            raise DataError(f"{file.uri}: E_EMPTY_FILE, 0 bytes; remove the file or export it again")
+            raise BadFileError(f"{file.uri}: E_EMPTY_FILE, 0 bytes; remove the file or export it again")
     return chosen
 
 
@@ -105,9 +108,24 @@ def _document(row: dict[str, Any] | BadRowError, number: int, part: Slice, colum
         packed = _packed(metadata) if metadata else None
     except BadRowError as error:
         seen = raw_text.encode("utf-8", "surrogatepass") if isinstance(raw_text, str) else raw_text
-        digest, head = (sha256(seen), _head(seen)) if isinstance(seen, bytes) else (None, None)
+        digest, head = (sha256(seen), text_head(seen)) if isinstance(seen, bytes) else (None, None)
         return RejectedRow(part.uri, number, doc_id, error.code, str(error), digest, head)
     return SourceDocument(doc_id, text, packed, part.uri, number)
+
+
+def read_ids(files: Sequence[tuple[InputFile, str]], corpus: CorpusConfig, store: StoreConfig) -> Iterator[str]:
+    """The document id of every row of ``corpus.deletes``; raises DataError on a row without: nothing may stay by accident."""
+    for file, kind in files:
+        part = Slice(uri=file.uri, size_bytes=file.size_bytes, stamp=file.stamp, content=file.content, format=kind)
+        columns = replace(Columns.of(kind, corpus), title=None, metadata=())
+        columns = replace(columns, text=columns.id)
+        for number, row in read_rows(part, columns, store):
+            try:
+                if isinstance(row, BadRowError):
+                    raise row
+                yield _doc_id(row.get(columns.id), columns.id)
+            except BadRowError as error:
+                raise DataError(f"{file.uri} row {number}: {error.code}, {error}; mend corpus.deletes") from error
 
 
 def normalise(text: str) -> str:
@@ -120,7 +138,10 @@ def _doc_id(value: Any, column: str) -> str:
         raise BadRowError("E_NULL_ID", f"column {column!r} is empty; every row needs an id")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _text(value, column)
+    found = _text(value, column)
+    if len(found) > MAX_ID_CHARS:
+        raise BadRowError("E_ID_TOO_LONG", f"column {column!r} has {len(found)} characters, at most {MAX_ID_CHARS} make an id")
+    return found
 
 
 def _text(value: Any, column: str) -> str:
@@ -149,7 +170,8 @@ def _packed(metadata: dict[str, Any]) -> str:
     return packed
 
 
-def _head(data: bytes) -> str:
+def text_head(data: bytes) -> str:
+    """The beginning of a text, escaped so that no terminal and no log acts on it."""
     text = data[: 4 * TEXT_HEAD_CHARS].decode("utf-8", "backslashreplace")[:TEXT_HEAD_CHARS]
     return text.encode("unicode_escape").decode()
 

@@ -23,8 +23,10 @@ from pipeline.passages import KEY_BYTES
 from pipeline.shards import (
     KEY_DTYPE,
     ROW_GROUP_ROWS,
+    Cursor,
     Keys,
     fixed_binary,
+    is_among,
     keys_of,
     open_parquet,
     parquet_bytes,
@@ -34,9 +36,14 @@ from pipeline.shards import (
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 
+ENCODER = b"vecmill.encoder"
 Half = npt.NDArray[np.float16]
 REJECTED_SCHEMA = pa.schema(
-    [pa.field("key", pa.binary(KEY_BYTES), nullable=False), pa.field("message", pa.string(), nullable=False)]
+    [
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("code", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
 )
 
 
@@ -68,14 +75,18 @@ class TokenizedUnit:
     timings_s: dict[str, float]
 
 
-def plan_embedding(parts: Sequence[tuple[DataFile, Keys]], stored: Keys, unit_passages: int) -> list[EmbedUnit]:
-    """Units over the keys that ``stored`` (sorted) lacks, each key once, in part order, of about equal size."""
+def plan_embedding(
+    parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64]]], stored: Keys, unit_passages: int
+) -> list[EmbedUnit]:
+    """Units over the keys that ``stored`` (sorted) lacks, each key once, in part order, of about equal size.
+
+    Each part comes with the keys that count and their row numbers.
+    """
     if not parts:
         return []
-    keys = np.concatenate([part_keys for _, part_keys in parts])
-    lengths = [len(part_keys) for _, part_keys in parts]
-    part_of = np.repeat(np.arange(len(parts)), lengths)
-    row_of = np.concatenate([np.arange(length) for length in lengths])
+    keys = np.concatenate([part_keys for _, part_keys, _ in parts])
+    part_of = np.repeat(np.arange(len(parts)), [len(part_keys) for _, part_keys, _ in parts])
+    row_of = np.concatenate([rows for _, _, rows in parts])
     distinct, first = np.unique(keys, return_index=True)
     todo = np.sort(first[~is_among(distinct, stored)])
     if not len(todo):
@@ -88,14 +99,6 @@ def plan_embedding(parts: Sequence[tuple[DataFile, Keys]], stored: Keys, unit_pa
         name = sha256(np.sort(keys[chunk]).tobytes())[:20]
         units.append(EmbedUnit(name=name, picks=picks, passages=len(chunk)))
     return units
-
-
-def is_among(keys: Keys, known: Keys) -> npt.NDArray[np.bool_]:
-    """For each key whether it is in ``known`` (sorted), both (n,) S16."""
-    if not len(known):
-        return np.zeros(len(keys), dtype=bool)
-    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return cast(npt.NDArray[np.bool_], known[places] == keys)
 
 
 def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, prompt: str) -> TokenizedUnit:
@@ -117,8 +120,8 @@ def put_embeddings(
 ) -> Record:
     """Store the vectors of a unit as float16 and create its record, which adds files and counts to ``draft``.
 
-    Rows in ``failed`` (row -> reason) go to the quarantine beside it. Raises EncoderError on another vector that is no
-    unit vector.
+    Rows in ``failed`` (row -> ``<code>: <reason>``) go to the quarantine beside it. Raises EncoderError on another vector that
+    is no unit vector.
     """
     started = time.perf_counter()
     good = np.array([row not in failed for row in range(len(keys))], dtype=bool)
@@ -129,13 +132,14 @@ def put_embeddings(
         )
     table = pa.table(
         {"key": fixed_binary(keys[good]), "embedding": fixed_binary(vectors[good].astype(np.float16))},
-        schema=embedding_schema(vectors.shape[1]),
+        schema=embedding_schema(vectors.shape[1], folder),
     )
     stem = f"{folder}/{draft.unit}"
     file = put_data(storage, stem, ".parquet", parquet_bytes(table, compress=False), table.num_rows)
     rejected = None
     if failed:
-        columns = {"key": fixed_binary(keys[~good]), "message": [failed[row] for row in sorted(failed)]}
+        codes, reasons = zip(*(failed[row].split(": ", 1) for row in sorted(failed)), strict=True)
+        columns = {"key": fixed_binary(keys[~good]), "code": codes, "message": reasons}
         data = parquet_bytes(pa.table(columns, schema=REJECTED_SCHEMA), compress=True)
         rejected = put_data(storage, stem, ".rejected.parquet", data, len(failed))
     counts = draft.counts | {"passages": table.num_rows, "rejected": len(failed)}
@@ -159,11 +163,26 @@ def _distinct(keys: Sequence[Keys]) -> Keys:
     return np.unique(np.concatenate(keys)) if keys else np.empty(0, dtype=KEY_DTYPE)
 
 
-def embedding_schema(dim: int) -> Any:
-    """Arrow schema of a shard: 16-byte key, ``dim`` little-endian float16."""
+def embedding_schema(dim: int, encoder: str) -> Any:
+    """Arrow schema of a shard: 16-byte key, ``dim`` little-endian float16, and the encoder's fingerprint."""
     return pa.schema(
-        [pa.field("key", pa.binary(KEY_BYTES), nullable=False), pa.field("embedding", pa.binary(2 * dim), nullable=False)]
+        [pa.field("key", pa.binary(KEY_BYTES), nullable=False), pa.field("embedding", pa.binary(2 * dim), nullable=False)],
+        metadata={ENCODER: encoder.encode()},
     )
+
+
+def open_embeddings(storage: Storage, encoder: str, record: Record, dim: int) -> Cursor:
+    """A shard, to be read forward; raises VerificationError when it is of another encoder or dimension."""
+    file = record.files[0]
+    cursor = Cursor(storage, encoder, file, ["key", "embedding"])
+    found = (cursor.schema.metadata or {}).get(ENCODER, b"none").decode()
+    width = cursor.schema.field("embedding").type.byte_width
+    if (found, width) != (encoder, 2 * dim):
+        raise VerificationError(
+            f"{storage.at(encoder)}/{file.name}: {width // 2} dimensions by encoder {found}, expected {dim} by {encoder}; "
+            "delete its record and run again"
+        )
+    return cursor
 
 
 def vectors_of(column: Any, dim: int) -> Half:

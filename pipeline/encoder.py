@@ -5,22 +5,24 @@ is padding. Weights run in FP16 on CUDA, BF16 on CPUs with native bf16, else FP3
 what its spec promises refuses to start, and a text that has no vector never harms its neighbours.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import torch_engine
-from pipeline.batching import Lengths, Tokens, padded_tokens
+from pipeline.batching import Lengths, Tokens, Vectors
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
-from pipeline.numerics import resolve_backend, resolve_precision
-from pipeline.openvino_engine import OpenVinoEngine
+from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_precision
+from pipeline.openvino_engine import Graph, GraphFacts, OpenVinoEngine, graph_folder, load_graph, save_graph, trace
 from pipeline.tokenizer import TextTokenizer
-from pipeline.torch_engine import TorchEngine, Vectors
+
+if TYPE_CHECKING:
+    from pipeline.torch_engine import TorchEngine
 
 BUDGETS = {"cpu": (1024, 2048), "cuda": (16384, 32768, 65536, 131072)}
 """Padded tokens per batch that ``calibrate`` tries; without it the second. On CPUs 1 to 2 k is the flat optimum
@@ -35,11 +37,15 @@ PROBE = "The tokenizer file and the model must agree: Ünïcode, 数学 and emoj
 
 @dataclass(frozen=True)
 class Encoded:
-    """``vectors``: float32 (n, dim). ``failed``: row -> reason for texts that have no vector; their rows are NaN."""
+    """``vectors``: float32 (n, dim). ``failed``: row -> ``<code>: <reason>`` for texts that have no vector; their rows are NaN.
+
+    ``padded_tokens``: what went through the model; ``rescued``: texts that got their vector alone or in FP32.
+    """
 
     vectors: Vectors
     tokens: int = 0
     padded_tokens: int = 0
+    rescued: int = 0
     failed: dict[int, str] = field(default_factory=dict)
 
 
@@ -50,24 +56,30 @@ class Encoder:
         self, spec: EncoderSpec, *, threads: int | None = None, batch_tokens: int | None = None, one_by_one: bool = False
     ) -> None:
         """``one_by_one``: threads work together on one batch, for the latency of single texts instead of throughput."""
-        if threads is not None:
-            torch_engine.set_threads(threads)
         self._folder = _check_spec(spec)
         self.spec = spec
         self.dim = spec.dim
         self.tokenizer = TextTokenizer(self._folder, spec.max_tokens)
-        engine = TorchEngine(spec, self._folder, spec.precision if spec.backend == "torch" else "fp32")
-        self.on_gpu = engine.on_gpu
-        self.flops_per_token = engine.flops_per_token
-        self._check_tokenizer(engine)
-        self._engine = engine if spec.backend == "torch" else self._compile(engine, one_by_one=one_by_one)
-        self._engine.budget = batch_tokens or BUDGETS["cuda" if self.on_gpu else "cpu"][1]
+        self._threads = threads
+        self._engine: TorchEngine | OpenVinoEngine
+        if spec.backend == "torch":
+            self._engine = self._load(spec.precision)
+            self._check_tokenizer(self._engine.token_ids(PROBE))
+        else:
+            self._engine = self._compile(one_by_one=one_by_one)
+        self._budgets = BUDGETS["cuda" if self._engine.on_gpu else "cpu"]
+        self._engine.budget = batch_tokens or self._budgets[1]
         self._probe()
 
     @property
     def batch_tokens(self) -> int:
         """Padded tokens per batch as calibrated, or as little as the GPU's memory allowed."""
         return self._engine.budget
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of one token in the linear layers of the model; 0 for a bag of token vectors."""
+        return self._engine.flops_per_token
 
     def encode_documents(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of passages, float32 (n, dim), in the order of ``texts``. EncoderError when one has none."""
@@ -87,30 +99,38 @@ class Encoder:
         order = np.argsort(-lengths, kind="stable")
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
         prompt_tokens = self.tokenizer.prompt_tokens(prompt)
+        before = self._engine.padded_tokens
         if len(tokens):
             vectors[order] = self._engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
-        failed = {}
-        for row in np.flatnonzero(~_are_unit(vectors)).tolist():
-            vectors[row] = self._rescue(tokens[row], prompt_tokens)
-            if not np.isfinite(vectors[row]).all():
-                failed[row] = f"{len(tokens[row])} tokens, vector zero, not finite or out of memory, alone and in fp32"
-        padded = padded_tokens(lengths[order], self.batch_tokens)
-        return Encoded(vectors, int(lengths.sum()), padded, failed)
+        bad = np.flatnonzero(~_are_unit(vectors))
+        for row in bad.tolist():
+            vectors[row] = self._engine.run([tokens[row]], lengths[row : row + 1], prompt_tokens)[0]
+        still = bad[~_are_unit(vectors[bad])]
+        if len(still):
+            vectors[still] = self._exact([tokens[row] for row in still], prompt_tokens)
+        lost = still[~_are_unit(vectors[still])]
+        vectors[lost] = np.nan
+        reason = "tokens, vector zero, not finite or out of memory, alone and in fp32"
+        failed = {int(row): f"E_NONFINITE: {len(tokens[row])} {reason}" for row in lost}
+        padded = self._engine.padded_tokens - before
+        return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
 
     def matmul_rate(self) -> float:
-        """FLOP/s of a large matrix product on this device in the encoder's arithmetic: what MFU is a share of."""
-        return torch_engine.matmul_rate(resolve_here("auto") if self.spec.precision == "int8" else self.spec.precision)
+        """FLOP/s of a large matrix product on this device in the encoder's arithmetic: what MFU is a share of.
+
+        For int8 that of bf16 where the CPU has it, else fp32.
+        """
+        return self._engine.matmul_rate()
 
     def calibrate(self) -> None:
         """Choose the batch budget that is fastest on this device, in about a second; texts of 8 to max_tokens tokens."""
-        budgets = BUDGETS["cuda" if self.on_gpu else "cpu"]
-        rate = self._rate(self._sample(budgets[0]))
-        size = 2 * budgets[-1]
+        rate = max(self._rate(self._sample(self._budgets[0])) for _ in range(2))  # the first is cold
+        size = 2 * self._budgets[-1]
         if size > 4 * rate * CALIBRATION_SECONDS or self.tokenizer.is_static:
             return  # so slow a model fills the device with any budget
         sample = self._sample(max(size, int(rate * CALIBRATION_SECONDS)))
         best, best_rate = self.batch_tokens, 0.0
-        for budget in budgets:
+        for budget in self._budgets:
             self._engine.budget = budget
             rate = max(self._rate(sample) for _ in range(2))
             if self._engine.budget < budget:
@@ -122,8 +142,7 @@ class Encoder:
     def cosine_to_exact(self, tokens: Sequence[Tokens], vectors: Vectors, *, prompt: str = "") -> npt.NDArray[np.float32]:
         """Cosine of each vector to the one in FP32, (n,): the price of a precision, measured on these texts."""
         prompt_tokens = self.tokenizer.prompt_tokens(prompt)
-        exact = np.stack([self._exact(ids, prompt_tokens) for ids in tokens])
-        return cast(npt.NDArray[np.float32], (vectors * exact).sum(axis=1))
+        return cast(npt.NDArray[np.float32], (vectors * self._exact(tokens, prompt_tokens)).sum(axis=1))
 
     def _encode_texts(self, texts: Sequence[str], prompt: str) -> Vectors:
         encoded = self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt)
@@ -131,33 +150,64 @@ class Encoder:
             raise EncoderError(f"{self.spec.model}: text {row} of {len(texts)} has no vector, {reason}; leave it out")
         return encoded.vectors
 
-    def _rescue(self, tokens: Tokens, prompt_tokens: int) -> Vectors:
-        """The vector of one text alone, if need be with FP32 weights, (dim,); NaN when it has none."""
-        vector = self._engine.run([tokens], _lengths([tokens]), prompt_tokens)[0]
-        vector = vector if _are_unit(vector[None])[0] else self._exact(tokens, prompt_tokens)
-        return vector if _are_unit(vector[None])[0] else np.full(self.dim, np.nan, dtype=np.float32)
+    def _exact(self, tokens: Sequence[Tokens], prompt_tokens: int) -> Vectors:
+        """Vectors by FP32 weights, (rows, dim), NaN where there is no room for them; loaded when first needed.
 
-    def _exact(self, tokens: Tokens, prompt_tokens: int) -> Vectors:
-        """The vector of one text by FP32 weights, (dim,); loaded when first needed."""
-        if not hasattr(self, "_exact_engine"):
-            self._exact_engine = TorchEngine(self.spec, self._folder)
-        return cast(Vectors, self._exact_engine.run([tokens], _lengths([tokens]), prompt_tokens)[0])
+        Not kept on a GPU, where every byte is the batches'.
+        """
+        lengths = _lengths(tokens)
+        order = np.argsort(-lengths, kind="stable")
+        vectors = np.full((len(tokens), self.dim), np.nan, dtype=np.float32)
+        if not len(tokens):
+            return vectors
+        try:
+            engine = getattr(self, "_exact_engine", None) or self._load("fp32")
+        except MemoryError:
+            return vectors
+        engine.budget = self._budgets[0]
+        vectors[order] = engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
+        if not engine.on_gpu:
+            self._exact_engine = engine
+        return vectors
 
-    def _compile(self, exact: TorchEngine, *, one_by_one: bool) -> OpenVinoEngine:
-        """The same on OpenVINO, whose vector of a probe must be that of torch in FP32."""
-        probe = self.tokenizer([PROBE])
-        vector = exact.run(probe, _lengths(probe))
-        module, example = exact.as_function(self.tokenizer([PROBE, "a"]), int8=self.spec.precision == "int8")
-        threads = torch_engine.threads()
-        engine = OpenVinoEngine(
-            module,
-            example,
+    def _load(self, precision: str) -> "TorchEngine":
+        from pipeline import torch_engine  # seconds to import, and an encoder on OpenVINO seldom needs it
+
+        if self._threads is not None:
+            torch_engine.set_threads(self._threads)
+        return torch_engine.TorchEngine(self.spec, self._folder, precision)
+
+    def _compile(self, *, one_by_one: bool) -> OpenVinoEngine:
+        """The model on OpenVINO, from the graph that this machine keeps or by way of torch."""
+        folder = graph_folder(self.spec, self._folder)
+        kept = load_graph(folder)
+        if kept is not None:
+            with contextlib.suppress(EncoderError):  # damaged on disk: made again
+                return self._start(kept, one_by_one=one_by_one)
+        graph = self._trace()
+        engine = self._start(graph, one_by_one=one_by_one)
+        save_graph(graph, folder)
+        return engine
+
+    def _trace(self) -> Graph:
+        exact = self._load("fp32")
+        ids = exact.token_ids(PROBE)
+        vector = exact.run([ids], _lengths([ids]))[0]
+        facts = GraphFacts(
             pad_id=exact.pad_id,
-            precision=self.spec.precision,
-            threads=threads,
-            streams=1 if one_by_one else threads,
+            flops_per_token=exact.flops_per_token,
+            probe_ids=ids,
+            probe_vector=vector.tolist(),
         )
-        cosine = float((vector * engine.run(probe, _lengths(probe))).sum())
+        return trace(*exact.as_function(self.tokenizer([PROBE, "a"]), int8=self.spec.precision == "int8"), facts)
+
+    def _start(self, graph: Graph, *, one_by_one: bool) -> OpenVinoEngine:
+        """A compiled graph; raises EncoderError unless its vector of a probe is that of torch in FP32."""
+        ids = graph.facts.probe_ids
+        self._check_tokenizer(ids)
+        threads = self._threads or cpu_threads()
+        engine = OpenVinoEngine(graph, precision=self.spec.precision, threads=threads, streams=1 if one_by_one else threads)
+        cosine = float(engine.run([ids], _lengths([ids]))[0] @ np.array(graph.facts.probe_vector, dtype=np.float32))
         if not cosine >= MIN_ENGINE_COSINE[self.spec.precision]:
             raise EncoderError(
                 f"{self.spec.model}: OpenVINO gives other vectors than torch, cosine {cosine:.5f} on a probe; "
@@ -178,9 +228,9 @@ class Encoder:
                 f"set encoder.precision={'bf16' if self.spec.precision == 'fp16' else 'fp32'}"
             )
 
-    def _check_tokenizer(self, engine: TorchEngine) -> None:
+    def _check_tokenizer(self, ids: list[int]) -> None:
         """The ids of tokenizer.json and those of sentence-transformers are one, or the vectors would be of other texts."""
-        if not self.tokenizer.is_static and self.tokenizer([PROBE])[0] != engine.token_ids(PROBE):
+        if not self.tokenizer.is_static and self.tokenizer([PROBE])[0] != ids:
             raise EncoderError(
                 f"{self.spec.model}: tokenizer.json gives other ids than the model's tokenizer class; save the model again"
             )
@@ -198,7 +248,9 @@ class Encoder:
 
 def _check_spec(spec: EncoderSpec) -> ModelFolder:
     """The model folder of this machine; EncoderError unless it is of the space and numerics of the plan."""
-    found, folder = resolve_spec(**spec.request, precision=resolve_here(spec.precision), backend=spec.backend)
+    precision = spec.precision if spec.backend == "openvino" else resolve_here(spec.precision)
+    request = spec.request | {"query_model": None}  # of another encoder
+    found, folder = resolve_spec(**request, precision=precision, backend=spec.backend)
     if found.fingerprint != spec.fingerprint:
         raise EncoderError(f"{spec.model}: this machine has {found}, the job was planned with {spec}; install the same model")
     return folder
@@ -215,7 +267,7 @@ def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:
 
 def resolve_here(precision: str, *, overflows: bool = False) -> str:
     """``auto`` resolved for encoders on this machine."""
-    return resolve_precision(precision, on_gpu=torch_engine.on_gpu(), overflows=overflows)
+    return resolve_precision(precision, on_gpu=on_gpu(), overflows=overflows)
 
 
 def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
@@ -227,17 +279,19 @@ def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
     return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
 
 
-def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None, serving: bool = False) -> Encoder:
-    """An encoder for queries against vectors made with ``spec``: same space, this machine's own best precision.
+def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None) -> Encoder:
+    """An encoder for queries against vectors made with ``spec``: same space, this machine's own best precision and engine.
 
-    Its first answer comes soonest with torch; ``serving`` takes a second longer to load and may use the config's fastest
-    engine, for the least latency ever after. Raises EncoderError when the model here is not of the same space.
+    A model that OpenVINO cannot run is run by torch. Raises EncoderError when the model here is not of the same space.
     """
     spec = spec.for_queries()
     folder = find_model(spec.model, spec.revision)
     precision = resolve_here("auto", overflows=folder.overflows)
-    backend = resolve_backend("auto", folder, on_gpu=torch_engine.on_gpu(), precision=precision) if serving else "torch"
-    return Encoder(replace(spec, precision=precision, backend=backend), threads=threads, one_by_one=True)
+    backend = resolve_backend("auto", folder, on_gpu=on_gpu(), precision=precision)
+    if backend == "openvino":
+        with contextlib.suppress(EncoderError):
+            return Encoder(replace(spec, precision=precision, backend=backend), threads=threads, one_by_one=True)
+    return Encoder(replace(spec, precision=precision, backend="torch"), threads=threads, one_by_one=True)
 
 
 if __name__ == "__main__":

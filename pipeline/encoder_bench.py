@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from pipeline.batching import Vectors
 from pipeline.encoder import Encoder, load_query_encoder, resolve_here
 from pipeline.errors import ConfigError, VecmillError
 from pipeline.model import EncoderSpec, find_model, resolve_spec
-from pipeline.numerics import resolve_backend
+from pipeline.numerics import on_gpu, resolve_backend
 from pipeline.tokenizer import TextTokenizer
-from pipeline.torch_engine import Vectors, device_name, load_plain, on_gpu
+from pipeline.torch_engine import device_name, load_plain
 
 SHORTEST_TOKENS, LONGEST_TOKENS = 5, 500
 EXACT_TEXTS = 64
@@ -72,7 +73,7 @@ def measure(spec: EncoderSpec, texts: Sequence[str], *, rounds: int = 3, baselin
     some = list(range(0, len(texts), -(-len(texts) // EXACT_TEXTS)))
     exact_tokens = encoder.tokenizer([texts[row] for row in some])
     cosine = encoder.cosine_to_exact(exact_tokens, encoded.vectors[some])
-    p50, p99 = query_latency(load_query_encoder(spec, serving=True), _queries(texts))
+    p50, p99 = query_latency(load_query_encoder(spec), _queries(texts))
     return EncoderReport(
         model=spec.model,
         device=device_name(),
@@ -134,7 +135,9 @@ def _queries(texts: Sequence[str]) -> list[str]:
 def _baselines(spec: EncoderSpec, texts: Sequence[str]) -> dict[str, Callable[[], Vectors]]:
     folder = find_model(spec.model, spec.revision)
     precision = "bf16" if spec.precision == "int8" else spec.precision
-    default, best = load_plain(folder.path, "fp32"), load_plain(folder.path, precision)
+    default, best = load_plain(spec, folder, "fp32"), load_plain(spec, folder, precision)
+    for model in (default, best):
+        model.encode(list(texts[: len(texts) // 4]))  # warm, as ours is
     batches = {f"sentence-transformers {precision}, batch {size}": size for size in BASELINE_BATCHES}
     found = {name: partial(best.encode, list(texts), batch_size=size) for name, size in batches.items()}
     return {"sentence-transformers fp32, defaults": partial(default.encode, list(texts)), **found}

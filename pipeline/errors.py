@@ -4,6 +4,8 @@ Every message is one line: ``<where>: <what is wrong>, <what was found>; <what t
 A job prints it and exits with ``exit_code``; any other exception is a bug and keeps its traceback.
 """
 
+import re
+
 
 class VecmillError(Exception):
     """Base of every error that is not a bug in vecmill."""
@@ -23,6 +25,16 @@ class DataError(VecmillError):
     exit_code = 3
 
 
+class BadFileError(DataError):
+    """An input file cannot be read as what it is. Its text, one argument as Ray passes it on: ``<uri>: <code>, <what>``."""
+
+    @property
+    def code(self) -> str:
+        """For machines: E_NOT_PARQUET and so on."""
+        found = re.search(r": (E_[A-Z0-9_]+), ", str(self))
+        return found.group(1) if found else ""
+
+
 class LockedError(VecmillError):
     """Another writer holds the root: wait for it."""
 
@@ -37,6 +49,10 @@ class VerificationError(VecmillError):
 
 class StorageError(VecmillError):
     """The storage did not do what was asked: check path, credentials, network."""
+
+
+class ProcessError(VecmillError):
+    """Processes of the run died, and starting them again did not help: look at memory, then run again."""
 
 
 class EncoderError(VecmillError):

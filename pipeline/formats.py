@@ -1,185 +1,100 @@
 """Input files -> raw rows, one reader per format, each row with its number in the file.
 
 Our own readers, because the stack's readers cast, fill and skip without a word (pyarrow fills a missing text
-column with nulls, Ray drops 0-byte Parquet files). A broken file raises DataError naming it; a broken row is
+column with nulls, Ray drops 0-byte Parquet files). A broken file raises BadFileError naming it; a broken row is
 handed on as such. Row numbers count from 0 and leave out a CSV header.
 """
 
 import csv
-import difflib
 import gzip
 import io
 import json
-import re
-import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import CorpusConfig, StoreConfig
-from pipeline.errors import DataError
+from pipeline import parquet_input
+from pipeline.config import StoreConfig
+from pipeline.errors import BadFileError
+from pipeline.slices import (
+    COMPRESSION_ENDINGS,
+    BadRowError,
+    Columns,
+    Row,
+    Rows,
+    Slice,
+    check_expansion,
+    opened,
+    require,
+)
 from pipeline.storage import Storage
 
-COMPRESSION_ENDINGS = (".gz", ".zst")
-BATCH_ROWS = 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 64 << 20
 
 
-class Slice(BaseModel):
-    """A file, or a run of row groups of a Parquet file (``first`` included, ``end`` not). ``content`` identifies its bytes."""
-
-    model_config = ConfigDict(frozen=True)
-    uri: str
-    size_bytes: int
-    content: str
-    format: str
-    first_row_group: int = 0
-    end_row_group: int | None = None
-
-
-class BadRowError(Exception):
-    """A row that cannot be read or used: ``code`` for machines, the text for people."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns that matter; ``base``: the URI that text files are named relative to."""
-
-    id: str
-    text: str
-    title: str | None
-    metadata: tuple[str, ...]
-    base: str
-
-    @staticmethod
-    def of(file_format: str, corpus: CorpusConfig) -> "Columns":
-        """What the config says, else the format's own names."""
-        beir = file_format == "beir"
-        title = corpus.title if corpus.title or not beir else "title"
-        base = re.split(r"[*\[]", corpus.uri, maxsplit=1)[0].rpartition("/")[0] if set("*[") & set(corpus.uri) else corpus.uri
-        return Columns(corpus.id or ("_id" if beir else "id"), corpus.text or "text", title, corpus.metadata, base)
-
-    @property
-    def names(self) -> list[str]:
-        """Each wanted column once."""
-        return list(dict.fromkeys([self.id, self.text, *([self.title] if self.title else []), *self.metadata]))
-
-
-_Row = dict[str, Any] | BadRowError
-_Rows = Iterator[tuple[int, _Row]]
-
-
-def row_group_bytes(uri: str, store: StoreConfig) -> list[int]:
-    """Compressed size of each row group of a Parquet file."""
-    with _open(uri, store) as handle:
-        metadata = _parquet(handle, uri).metadata
-        return [
-            sum(metadata.row_group(group).column(column).total_compressed_size for column in range(metadata.num_columns))
-            for group in range(metadata.num_row_groups)
-        ]
-
-
-def read_rows(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
+def read_rows(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
     """Every row of a slice with its number, as a mapping of the wanted columns or as the error that made it unreadable."""
     return _READERS[part.format](part, columns, store)
 
 
 def count_rows(part: Slice, store: StoreConfig) -> int:
     """Rows of a slice without looking into them: Parquet's own number, the non-blank lines, the records of a CSV file."""
-    with _open(part.uri, store) as handle:
-        if part.format == "parquet":
-            metadata = _parquet(handle, part.uri).metadata
-            end = metadata.num_row_groups if part.end_row_group is None else part.end_row_group
-            return sum(metadata.row_group(group).num_rows for group in range(part.first_row_group, end))
-        if part.format == "text":
-            return 1
+    if part.format == "parquet":
+        return parquet_input.count_rows(part, store)
+    if part.format == "text":
+        return 1
+    with opened(part, store) as handle:
         if part.format in {"csv", "tsv"}:
             return max(0, sum(1 for row in _delimited(handle, part) if row) - 1)
-        return sum(1 for line in _guarded(_lines(_decompressed(handle, part.uri)), part.uri) if line.strip())
+        return sum(1 for line in _lines(handle, part) if line.strip())
 
 
-def base_name(uri: str) -> str:
-    """File name without its compression ending."""
-    name = uri.rpartition("/")[2]
-    for ending in COMPRESSION_ENDINGS:
-        name = name.removesuffix(ending)
-    return name
+def _read_jsonl(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
+    with opened(part, store) as handle:
+        for number, line in enumerate(_lines(handle, part)):
+            content = (line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line).strip()
+            if content:
+                yield number, _too_long(line) or _json_row(content, is_cut=not line.endswith(b"\n"))
 
 
-def ending(uri: str) -> str:
-    """Lower-case ending of the file name, compression aside; empty if it has none."""
-    name = base_name(uri)
-    return name[name.rfind(".") :].lower() if "." in name else ""
+def _too_long(line: bytes) -> BadRowError | None:
+    return BadRowError("E_LINE_TOO_LONG", f"a line of over {MAX_LINE_BYTES} bytes") if len(line) > MAX_LINE_BYTES else None
 
 
-def _read_parquet(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
-    with _open(part.uri, store) as handle:
-        file = _parquet(handle, part.uri)
-        schema = file.schema_arrow
-        _require(columns, schema.names, part.uri)
-        end = file.num_row_groups if part.end_row_group is None else part.end_row_group
-        number = sum(file.metadata.row_group(group).num_rows for group in range(part.first_row_group))
-        groups = list(range(part.first_row_group, end))
-        try:
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns.names):
-                names = batch.schema.names
-                values = [_python_values(batch.column(index)) for index in range(batch.num_columns)]
-                for row in zip(*values, strict=True):
-                    yield number, dict(zip(names, row, strict=True))
-                    number += 1
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise DataError(f"{part.uri}: E_PARQUET_CORRUPT after row {number}, {error}; write the file again") from error
-
-
-def _python_values(column: Any) -> list[Any]:
-    """Python values; strings come as bytes where one of them is not UTF-8, so that the row is found, not the file lost."""
+def _json_row(line: bytes, *, is_cut: bool) -> Row:
     try:
-        return cast(list[Any], column.to_pylist())
-    except UnicodeDecodeError:
-        return cast(list[Any], column.cast(pa.large_binary()).to_pylist())
-
-
-def _parquet(handle: BinaryIO, uri: str) -> Any:
-    try:
-        return pq.ParquetFile(handle, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        handle.seek(0)
-        head = handle.read(4)
-        code = "E_PARQUET_TRUNCATED" if head == b"PAR1" else f"E_NOT_PARQUET, starts with {head!r}"
-        raise DataError(f"{uri}: {code}, {' '.join(str(error).split())}; write the file again or remove it") from error
-
-
-def _read_jsonl(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
-    with _open(part.uri, store) as handle, _lines(_decompressed(handle, part.uri)) as lines:
-        for number, line in enumerate(_guarded(lines, part.uri)):
-            if content := (line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line).strip():
-                yield number, _json_row(content)
-
-
-def _json_row(line: bytes) -> _Row:
-    try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_object, parse_constant=_no_number)
     except UnicodeDecodeError as error:
         return BadRowError("E_UTF8", f"the line is not UTF-8 at byte {error.start}")
+    except BadRowError as error:
+        return error
     except (ValueError, RecursionError) as error:
-        return BadRowError("E_JSON", f"the line is not JSON: {error}")
+        hint = " (the last line, without a line end: was the file cut?)" if is_cut else ""
+        return BadRowError("E_JSON", f"the line is not JSON: {error}{hint}")
     return row if isinstance(row, dict) else BadRowError("E_JSON", f"the line is a {type(row).__name__}, expected an object")
 
 
-def _read_delimited(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
-    with _open(part.uri, store) as handle:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise BadRowError("E_DUP_KEY", f"key {twice[:80]!r} is there twice; which one is meant?")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise BadRowError("E_TYPE", f"{name} is no JSON value; write null or leave the row out")
+
+
+def _read_delimited(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
+    with opened(part, store) as handle:
         rows = _delimited(handle, part)
         header = next(rows, [])
-        _require(columns, header, part.uri)
+        require(columns, header, part.uri)
         for number, row in enumerate(rows):
             if len(row) == len(header):
                 yield number, dict(zip(header, row, strict=True))
@@ -188,27 +103,33 @@ def _read_delimited(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
 
 
 def _delimited(handle: BinaryIO, part: Slice) -> Iterator[list[str]]:
-    csv.field_size_limit(sys.maxsize)
-    stream = io.TextIOWrapper(_decompressed(handle, part.uri), "utf-8-sig", errors="surrogateescape", newline="")
-    lines = _guarded(stream, part.uri)
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = _decoded(handle, part)
     # a TSV has no quoting: a field that begins with a quote would swallow the rows after it
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if part.format == "tsv" else csv.reader(lines, strict=True)
     try:
         yield from rows
     except csv.Error as error:
-        raise DataError(f"{part.uri}: E_CSV at line {rows.line_num}, {error}; mend the quoting") from error
+        raise BadFileError(f"{part.uri}: E_CSV, at line {rows.line_num}, {error}; mend the quoting") from error
 
 
-def _read_text(part: Slice, columns: Columns, store: StoreConfig) -> _Rows:
-    with _open(part.uri, store) as handle:
+def _decoded(handle: BinaryIO, part: Slice) -> Iterator[str]:
+    for number, line in enumerate(_lines(handle, part)):
+        if error := _too_long(line):
+            raise BadFileError(f"{part.uri}: {error.code}, line {number + 1} has over {MAX_LINE_BYTES} bytes; mend the quoting")
+        yield (line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line).decode("utf-8", "surrogateescape")
+
+
+def _read_text(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
+    with opened(part, store) as handle:
         below = Storage(columns.base, store).uri.rstrip("/") + "/"
         name = part.uri.removeprefix(below) if part.uri.startswith(below) else part.uri.rpartition("/")[2]
-        (content,) = _guarded((stream.read() for stream in [_decompressed(handle, part.uri)]), part.uri)
-        yield 0, {columns.id: name, columns.text: content}
+        lines = list(_lines(handle, part))
+        yield 0, _too_long(max(lines, key=len, default=b"")) or {columns.id: name, columns.text: b"".join(lines)}
 
 
-_READERS: dict[str, Callable[[Slice, Columns, StoreConfig], _Rows]] = {
-    "parquet": _read_parquet,
+_READERS: dict[str, Callable[[Slice, Columns, StoreConfig], Rows]] = {
+    "parquet": parquet_input.read_parquet,
     "jsonl": _read_jsonl,
     "beir": _read_jsonl,
     "csv": _read_delimited,
@@ -217,23 +138,26 @@ _READERS: dict[str, Callable[[Slice, Columns, StoreConfig], _Rows]] = {
 }
 
 
-def _require(columns: Columns, found: Sequence[str], uri: str) -> None:
-    for name in columns.names:
-        if name not in found:
-            close = difflib.get_close_matches(name, found, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "set corpus.id, corpus.text, corpus.title"
-            raise DataError(f"{uri}: E_SCHEMA, wanted column {name!r}, the file has {', '.join(found)}; {hint}")
-
-
-def _guarded(lines: Any, uri: str) -> Iterator[Any]:
+def _lines(handle: BinaryIO, part: Slice) -> Iterator[bytes]:
+    """Lines of a file, decompressed; of a line longer than MAX_LINE_BYTES one byte more than that."""
+    size = 0
     try:
-        yield from lines
-    except (EOFError, gzip.BadGzipFile, zlib.error, OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{uri}: E_COMPRESSION, {error}; compress the file again") from error
-
-
-def _lines(stream: BinaryIO) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
+        with io.BufferedReader(cast(io.RawIOBase, _decompressed(handle, part.uri)), 1 << 20) as lines:
+            while line := lines.readline(MAX_LINE_BYTES + 1):
+                size += len(line)
+                rest = line
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = lines.readline(MAX_LINE_BYTES + 1)
+                    size += len(rest)
+                    check_expansion(part, size)
+                check_expansion(part, size)
+                yield line
+    except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
+        raise BadFileError(f"{part.uri}: E_COMPRESSION, {error}; compress the file again") from error
+    except OSError as error:
+        if not part.uri.endswith(COMPRESSION_ENDINGS):
+            raise
+        raise BadFileError(f"{part.uri}: E_COMPRESSION, {error}; compress the file again") from error
 
 
 def _decompressed(handle: BinaryIO, uri: str) -> BinaryIO:
@@ -242,11 +166,3 @@ def _decompressed(handle: BinaryIO, uri: str) -> BinaryIO:
     if uri.endswith(".zst"):
         return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), "zstd"))
     return handle
-
-
-def _open(uri: str, store: StoreConfig) -> BinaryIO:
-    folder, _, name = uri.rpartition("/")
-    try:
-        return Storage(folder or "/", store).open(name)
-    except FileNotFoundError as error:
-        raise DataError(f"{uri}: E_INPUT_CHANGED, the file is gone since it was listed; run again") from error

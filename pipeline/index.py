@@ -1,94 +1,81 @@
-"""The only FAISS door: choose, train, add, merge, search.
+"""Making an index with FAISS: train, encode, merge, write.
 
-An index shard is a matrix of FAISS standalone codes (list number + PQ code) in the row order of its embedding
-shard, not an index file: merging is one ``add_sa_codes`` per shard with the rows that are live, bit-equal to
-a one-shot ``add``, and a shard of one vector does not drag a copy of the centroids along.
-Metric: inner product on unit vectors, higher is better.
+An index shard is a matrix of FAISS standalone codes (list number + code) in the row order of its embedding shard, not an
+index file: merging is one ``add_sa_codes`` per shard with the rows that are live, bit-equal to a one-shot ``add``, and
+a shard of one vector does not drag a copy of the centroids along. Fast-scan kinds are merged in their plain form, which
+keeps explicit ids, and packed at the end. Metric: inner product on unit vectors, higher is better.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import IndexConfig
+from pipeline.clustering import Assigner, Matrix, train_centroids
 from pipeline.errors import ConfigError, VerificationError
+from pipeline.index_plan import IndexPlan, Kind
 
-Matrix = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 Ordinals = npt.NDArray[np.int64]
 
-MIN_PER_CENTROID = 39
-"""FAISS warns below so many training vectors per centroid (ClusteringParameters.min_points_per_centroid)."""
-TRAIN_PER_LIST = 64
-MIN_TRAIN_VECTORS = 1 << 16
-FLAT_BELOW = MIN_PER_CENTROID << 8
-"""Under 9,984 passages a PQ codebook of 256 centroids has too little to learn from, and exact search takes a millisecond."""
+CODEBOOK_SAMPLE = 1 << 15
+"""Residuals that codebooks are trained on: 128 per centroid at 8 bits."""
 BLOCK_ROWS = 1 << 16
 
 
-@dataclass(frozen=True)
-class IndexPlan:
-    """The chosen index and why. For ``flat`` the other numbers are 0."""
-
-    kind: Literal["flat", "ivfpq"]
-    why: str
-    nlist: int = 0
-    m: int = 0
-    nbits: int = 0
-    opq: bool = False
-    train_vectors: int = 0
-
-
-def choose(request: IndexConfig, passages: int, dim: int) -> IndexPlan:
-    """Index for so many passages; what does not fit a small one shrinks, and ``why`` says so. Raises ConfigError on a bad m."""
-    if request.m and dim % request.m:
-        fitting = [m for m in divisors(dim) if request.m // 2 <= m <= 2 * request.m]
-        raise ConfigError(f"index.m: dim {dim} cannot be cut into {request.m} parts; choose one of {fitting or divisors(dim)}")
-    if request.kind == "flat":
-        return IndexPlan("flat", "index.kind is flat")
-    if request.kind == "auto" and passages < FLAT_BELOW:
-        return IndexPlan(
-            "flat", f"{passages} passages are under {FLAT_BELOW}: exact search is fast and PQ has too little to learn from"
-        )
-    least = 1 << request.nbits
-    if passages < least:
-        return IndexPlan(
-            "flat", f"{passages} passages are fewer than the {least} centroids of a PQ codebook of {request.nbits} bits"
-        )
-    wanted = request.nlist or 1 << int(np.log2(4 * np.sqrt(passages)) + 0.5)
-    nlist = min(wanted, max(1, passages // MIN_PER_CENTROID))
-    if not request.nlist:
-        nlist = 1 << int(np.log2(nlist))
-    notes = [f"{passages} passages of {dim} dimensions"]
-    if nlist < wanted:
-        notes.append(f"nlist shrunk from {wanted} to {nlist} to keep {MIN_PER_CENTROID} passages per list")
-    train_vectors = min(passages, request.train_vectors or max(TRAIN_PER_LIST * nlist, MIN_TRAIN_VECTORS))
-    m = request.m or _default_m(dim)
-    return IndexPlan("ivfpq", ", ".join(notes), nlist, m, request.nbits, request.opq, max(train_vectors, least, nlist))
-
-
-def divisors(dim: int) -> list[int]:
-    """Every m that ``dim`` can be cut into."""
-    return [m for m in range(1, dim + 1) if dim % m == 0]
-
-
 def train(plan: IndexPlan, vectors: Matrix, seed: int) -> bytes:
-    """Train centroids and codebooks on (n, dim) float32; returns the empty index as FAISS bytes."""
-    dim = vectors.shape[1]
-    rotation = f"OPQ{plan.m}," if plan.opq else ""
-    # np: no polysemous training, which costs 1.7 CPU seconds per sub-vector (84 s at m = 48) and which no search here uses
-    factory = f"{rotation}IVF{plan.nlist},PQ{plan.m}x{plan.nbits}np"
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    ivf = faiss.extract_index_ivf(index)
-    ivf.cp.seed = seed
-    faiss.downcast_index(ivf).pq.cp.seed = seed
-    index.train(_finite(vectors, "the training sample"))
+    """Train centroids and codebooks on (n, dim) float32 in random order; returns the empty index as FAISS bytes.
+
+    Raises ConfigError on a factory string that FAISS does not know.
+    """
+    vectors = _finite(vectors, "the training sample")
+    if plan.kind == "factory":
+        index = _from_factory(plan.factory, vectors.shape[1])
+        index.train(vectors)
+        return cast(bytes, faiss.serialize_index(index).tobytes())
+    rotation = _rotation(plan, vectors, seed)
+    rotated = rotation.apply(vectors) if rotation else vectors
+    centroids = train_centroids(rotated, plan.nlist, seed)
+    ivf = _empty(plan, centroids)
+    few = rotated[:CODEBOOK_SAMPLE]
+    lists = Assigner(centroids)(few)
+    learnt = np.ascontiguousarray(few - centroids[lists] if ivf.by_residual else few)
+    if plan.m:
+        ivf.pq.cp.seed = seed
+        ivf.pq.cp.min_points_per_centroid = 1
+    ivf.train_encoder(len(few), faiss.swig_ptr(learnt), faiss.swig_ptr(lists))
+    ivf.is_trained = True
+    index = faiss.IndexPreTransform(rotation, ivf) if rotation else ivf
     return cast(bytes, faiss.serialize_index(index).tobytes())
+
+
+class Trained:
+    """An empty trained index that turns vectors into codes. Its bytes' hash has been checked by the caller."""
+
+    def __init__(self, data: bytes) -> None:
+        self._index = load_trained(data)
+        self.dim: int = self._index.d
+        self._ivf = faiss.downcast_index(faiss.extract_index_ivf(self._index))
+        centroids = self._ivf.quantizer.reconstruct_n(0, self._ivf.nlist)
+        self._assign = Assigner(centroids)
+
+    def encode(self, vectors: Matrix, where: str) -> Codes:
+        """Standalone codes (n, code size) of (n, dim); raises VerificationError naming ``where`` on a non-finite vector."""
+        if vectors.shape[1] != self.dim:
+            raise VerificationError(f"{where}: {vectors.shape[1]} dimensions, the trained index has {self.dim}; retrain")
+        rotated = rotate(self._index, _finite(vectors, where))
+        lists = self._assign(rotated)
+        codes = np.empty((len(vectors), self._ivf.sa_code_size()), dtype=np.uint8)
+        pointers = (faiss.swig_ptr(array) for array in (rotated, lists, codes))
+        self._ivf.encode_vectors(len(vectors), *pointers, True)
+        return codes
+
+    def agreement(self, vectors: Matrix) -> float:
+        """Share of vectors whose list is that of their nearest centroid."""
+        return self._assign.agreement(rotate(self._index, vectors))
 
 
 def load_trained(data: bytes) -> Any:
@@ -96,66 +83,49 @@ def load_trained(data: bytes) -> Any:
     return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
 
 
-def encode(trained: Any, vectors: Matrix, where: str) -> Codes:
-    """Standalone codes (n, code size) of (n, dim) vectors; raises VerificationError naming ``where`` on a non-finite one."""
-    if vectors.shape[1] != trained.d:
-        raise VerificationError(f"{where}: {vectors.shape[1]} dimensions, the trained index has {trained.d}; retrain")
-    return cast(Codes, trained.sa_encode(_finite(vectors, where)))
+def merge(data: bytes, kind: Kind, shards: Iterable[tuple[Codes, Ordinals]]) -> Any:
+    """Move codes into a copy of the trained index, in the form that is searched.
 
-
-def merge(trained: Any, shards: Iterable[tuple[Codes, Ordinals]]) -> Any:
-    """Move codes into ``trained`` under their ordinals; (n, code size) uint8 with (n,) int64, rows of -1 are left out."""
+    ``shards``: (n, code size) uint8 with (n,) int64 ordinals; rows of -1 are left out.
+    """
+    trained = load_trained(data)
     ivf = faiss.extract_index_ivf(trained)
     for codes, ordinals in shards:
         live = ordinals >= 0
         if live.any():
             ivf.add_sa_codes(np.ascontiguousarray(codes[live]), ordinals[live])
     trained.ntotal = ivf.ntotal
-    return trained
+    return _packed(trained, kind)
 
 
-def flat(vectors: npt.NDArray[np.float16]) -> Any:
-    """An exact index over (n, dim) float16 vectors; its ids are their rows."""
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    for first in range(0, len(vectors), BLOCK_ROWS):
-        index.add(_finite(vectors[first : first + BLOCK_ROWS].astype(np.float32), "vectors.f16"))
+def build(data: bytes | None, vectors: npt.NDArray[np.float16], part: range) -> Any:
+    """An index over the rows ``part`` of (n, dim) float16 vectors in one piece: flat, or that of a factory.
+
+    Its ids are ordinals where FAISS can keep them, in inverted lists, else rows of the part.
+    """
+    index = faiss.IndexFlatIP(vectors.shape[1]) if data is None else load_trained(data)
+    keeps_ids = faiss.try_extract_index_ivf(index) is not None
+    for first in range(part.start, part.stop, BLOCK_ROWS):
+        block = _finite(vectors[first : min(first + BLOCK_ROWS, part.stop)].astype(np.float32), "vectors.f16")
+        if keeps_ids:
+            index.add_with_ids(block, np.arange(first, first + len(block)))
+        else:
+            index.add(block)
     return index
+
+
+def can_be_mapped(index: Any) -> bool:
+    """Whether FAISS maps the file of an index; it would copy the blocks of fast scan and keep the mapping besides."""
+    ivf = faiss.try_extract_index_ivf(index)
+    return ivf is None or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.BlockInvertedLists)
 
 
 def write(index: Any, file: Path) -> None:
-    """Write an index that plain ``faiss.read_index`` opens."""
-    faiss.write_index(index, str(file))
-
-
-def read(file: Path, *, dim: int, ntotal: int) -> Any:
-    """Memory-map an index whose hash the caller has checked; raises VerificationError unless its numbers are the manifest's."""
+    """Write an index that plain ``faiss.read_index`` opens. Raises OSError; FAISS leaves what it has written behind."""
     try:
-        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        faiss.write_index(index, str(file))
     except RuntimeError as error:
-        raise VerificationError(
-            f"{file}: not readable by FAISS, {str(error).splitlines()[0]}; restore or rebuild the artifact"
-        ) from error
-    if index.d != dim or index.ntotal != ntotal or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise VerificationError(
-            f"{file}: d {index.d}, ntotal {index.ntotal}, the manifest says {dim}, {ntotal}; rebuild the artifact"
-        )
-    return index
-
-
-def search(index: Any, queries: Matrix, k: int, nprobe: int) -> tuple[Matrix, Ordinals]:
-    """Scores and ordinals, (q, k) each, best first; ordinal -1 pads. ``nprobe`` means nothing to a flat index."""
-    if nprobe and (ivf := faiss.try_extract_index_ivf(index)) is not None:
-        parameters: Any = faiss.SearchParametersIVF(nprobe=min(nprobe, ivf.nlist))
-        if isinstance(index, faiss.IndexPreTransform):
-            parameters = faiss.SearchParametersPreTransform(index_params=parameters)
-        return cast(tuple[Matrix, Ordinals], index.search(np.ascontiguousarray(queries), k, params=parameters))
-    return cast(tuple[Matrix, Ordinals], index.search(np.ascontiguousarray(queries), k))
-
-
-def lists(index: Any) -> int:
-    """Inverted lists of an index; 0 for a flat one."""
-    ivf = faiss.try_extract_index_ivf(index)
-    return 0 if ivf is None else int(ivf.nlist)
+        raise OSError(str(error).splitlines()[-1]) from error
 
 
 def set_threads(threads: int) -> None:
@@ -163,8 +133,58 @@ def set_threads(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
-def _default_m(dim: int) -> int:
-    return max(m for m in divisors(dim) if m <= max(1, dim // 8))
+def _from_factory(factory: str, dim: int) -> Any:
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(f"index.factory: {factory} for {dim} dimensions, FAISS says {str(error).splitlines()[-1]}") from error
+
+
+def _rotation(plan: IndexPlan, vectors: Matrix, seed: int) -> Any:
+    """OPQ where it is asked for; for RaBitQ a random rotation, which its estimate needs; else None."""
+    dim = vectors.shape[1]
+    if plan.kind == "ivfrabitq":
+        rotation = faiss.RandomRotationMatrix(dim, dim)
+        rotation.init(seed)
+        return rotation
+    if plan.opq and plan.m:
+        rotation = faiss.OPQMatrix(dim, plan.m)
+        rotation.train(vectors[:CODEBOOK_SAMPLE])
+        return rotation
+    return None
+
+
+def rotate(index: Any, vectors: Matrix) -> Matrix:
+    """Vectors as the inverted file of an index sees them: through the transform before it, if there is one."""
+    return cast(Matrix, index.chain.at(0).apply(vectors)) if isinstance(index, faiss.IndexPreTransform) else vectors
+
+
+def _empty(plan: IndexPlan, centroids: Matrix) -> Any:
+    """The inverted file in its plain form, over these centroids."""
+    dim = centroids.shape[1]
+    quantizer = faiss.IndexFlatIP(dim)
+    quantizer.add(centroids)
+    shape = (quantizer, dim, plan.nlist)
+    if plan.kind == "ivfrabitq":
+        return faiss.IndexIVFRaBitQ(*shape, faiss.METRIC_INNER_PRODUCT)
+    if plan.kind == "ivfsq8":
+        return faiss.IndexIVFScalarQuantizer(*shape, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    return faiss.IndexIVFPQ(*shape, plan.m, plan.nbits, faiss.METRIC_INNER_PRODUCT)
+
+
+def _packed(index: Any, kind: Kind) -> Any:
+    """The form that is searched: codes of fast-scan kinds in blocks for SIMD. Takes over what ``index`` owns."""
+    if kind not in {"ivfpqfs", "ivfrabitq"}:
+        return index
+    plain = faiss.downcast_index(faiss.extract_index_ivf(index))
+    packed = faiss.IndexIVFPQFastScan(plain) if kind == "ivfpqfs" else faiss.IndexIVFRaBitQFastScan(plain)
+    plain.own_fields, packed.own_fields = False, True  # FAISS shares the quantizer and would free it with the plain form
+    if not isinstance(index, faiss.IndexPreTransform):
+        return packed
+    index.index = packed
+    packed.this.disown()
+    plain.this.own(True)
+    return index
 
 
 def _finite(vectors: Matrix, where: str) -> Matrix:

@@ -62,5 +62,9 @@ def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
     spec, model = resolve_spec(**settings, precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
     store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    return Job(config, spec, model, storage, Storage(store, config.store), run_id, say)
+    return Job(config, spec, model, storage, Storage(store, config.store), new_run_id(), say)
+
+
+def new_run_id() -> str:
+    """Name of a run: when it began, and something that no other has."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"

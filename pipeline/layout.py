@@ -7,6 +7,7 @@ hashes of what they were made from. Artifacts and log entries belong to one writ
 LOG = "log"
 BEATS = "beats"
 PASSAGES = "passages"
+SNAPSHOTS = "snapshots"
 EMBEDDINGS = "embeddings"
 
 
@@ -17,7 +18,7 @@ def ingest_record(unit: str) -> str:
 
 def snapshot(snapshot_id: str) -> str:
     """The manifest of a snapshot."""
-    return f"snapshots/{snapshot_id}.json"
+    return f"{SNAPSHOTS}/{snapshot_id}.json"
 
 
 def trained(fingerprint: str) -> str:

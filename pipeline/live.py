@@ -12,7 +12,8 @@ from pipeline.artifact import MANIFEST, read_manifest, verify
 from pipeline.config import Config, SearchConfig, StoreConfig
 from pipeline.errors import ConfigError, StorageError, VerificationError
 from pipeline.fingerprint import sha256
-from pipeline.manifest import ArtifactManifest
+from pipeline.log import Log
+from pipeline.manifest import ArtifactManifest, InputFile, SnapshotManifest, load
 from pipeline.model import EncoderSpec, resolve_spec
 from pipeline.publish import require_live
 from pipeline.searcher import Searcher
@@ -28,29 +29,59 @@ class Opened:
     spec: EncoderSpec
 
 
+def live_snapshot(storage: Storage) -> SnapshotManifest | None:
+    """The snapshot of the live artifact; None where nothing is live or it can no longer be read."""
+    entry = Log(storage).refresh().live
+    if entry is None or entry.artifact is None:
+        return None
+    manifest = load(ArtifactManifest, storage, f"{layout.artifact(entry.artifact)}/{MANIFEST}")
+    return load(SnapshotManifest, storage, layout.snapshot(manifest.snapshot)) if manifest else None
+
+
+def known_files(storage: Storage) -> tuple[InputFile, ...]:
+    """Input files of the live artifact's snapshot, whose content is known without reading."""
+    snapshot = live_snapshot(storage)
+    return snapshot.files if snapshot else ()
+
+
 def open_live(config: Config) -> Opened:
     """Open what the last commit names; the config's encoder must be of its space. ConfigError where nothing is live."""
     storage = Storage(config.root, config.store)
     manifest = require_live(storage)
-    spec = _config_spec(config, manifest)
+    spec = config_spec(config, manifest)
     folder = _local_folder(storage, layout.artifact(manifest.version), config.search)
-    return Opened(manifest, Searcher(folder, manifest.dim, _point(manifest, config.search)), spec)
+    return Opened(manifest, Searcher(folder, manifest, _point(manifest, config.search)), spec)
 
 
-def open_uri(uri: str, search: SearchConfig | None = None, store: StoreConfig | None = None) -> Opened:
-    """Open an artifact folder wherever it is; the model named in its manifest must be on this machine."""
+def open_uri(
+    uri: str, search: SearchConfig | None = None, store: StoreConfig | None = None, *, trust_remote_code: bool = False
+) -> Opened:
+    """Open an artifact folder wherever it is; the model named in its manifest must be on this machine.
+
+    ``trust_remote_code``: whether that model may run code of its own, which an artifact cannot decide for you.
+    """
     search = search or SearchConfig()
     storage = Storage(uri, store)
     folder = _local_folder(storage, "", search)
     manifest = read_manifest((folder / MANIFEST).read_bytes(), storage.at(MANIFEST))
-    known = {field.name for field in fields(EncoderSpec)}
-    spec = EncoderSpec(**{name: value for name, value in manifest.encoder.items() if name in known})
-    return Opened(manifest, Searcher(folder, manifest.dim, _point(manifest, search)), spec)
+    spec = spec_of(manifest)
+    if spec.trust_remote_code and not trust_remote_code:
+        raise ConfigError(
+            f"{uri}: its model {spec.query_model or spec.model} runs code of its own; search with a config that has "
+            "encoder.trust_remote_code: true if you trust it"
+        )
+    return Opened(manifest, Searcher(folder, manifest, _point(manifest, search)), spec)
 
 
-def _config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
+def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
+    """The encoder of a config; raises ConfigError unless the artifact was made with it."""
     settings = config.encoder.model_dump(exclude={"precision", "backend"})
     spec, _ = resolve_spec(**settings, precision=manifest.encoder["precision"])
+    if spec.query_space != manifest.encoder.get("query_space"):
+        raise ConfigError(
+            f"{config.root}: artifact {manifest.version} was made for queries by {manifest.encoder.get('query_model')}, "
+            f"the config has {spec.query_model}; run vecmill reindex or mend the config"
+        )
     if spec.space != manifest.encoder["space"]:
         raise ConfigError(
             f"{config.root}: artifact {manifest.version} was made with {manifest.encoder['model']}, max_tokens "
@@ -58,6 +89,12 @@ def _config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
             f"({spec.model}, {spec.max_tokens}, {spec.document_prompt!r}) is another; run vecmill reindex or mend the config"
         )
     return spec
+
+
+def spec_of(manifest: ArtifactManifest) -> EncoderSpec:
+    """The encoder that an artifact was made with."""
+    known = {field.name for field in fields(EncoderSpec)}
+    return EncoderSpec(**{name: value for name, value in manifest.encoder.items() if name in known})
 
 
 def _point(manifest: ArtifactManifest, search: SearchConfig) -> Any:

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.config import Rescore
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import canonical_json, sha256
+from pipeline.index_plan import Kind
 from pipeline.storage import Storage
 
-FORMAT = 1
+FORMAT = 3
 """One number (the default of ``Document.format``) for all files under a root: they change together before 1.0."""
 
 
@@ -21,7 +23,7 @@ class Document(BaseModel):
     """JSON with a format number; unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1] = 1
+    format: Literal[3] = 3
 
 
 class DataFile(BaseModel):
@@ -35,7 +37,7 @@ class DataFile(BaseModel):
 
 
 class Record(Document):
-    """One finished unit of work, beside its data, created if absent.
+    """One finished unit of work, beside its data, created if absent. ``documents``: of an ingest unit, who they are.
 
     ``counts`` and ``timings_s`` say what it took, ``rates`` how well the machine was used: ``mfu``, the share of its
     matrix-product rate, and for int8 the cosine to FP32.
@@ -44,6 +46,7 @@ class Record(Document):
     unit: str
     files: tuple[DataFile, ...]
     rejected: DataFile | None = None
+    documents: DataFile | None = None
     counts: dict[str, int] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
     rates: dict[str, float] = Field(default_factory=dict)
@@ -60,11 +63,17 @@ class InputFile(BaseModel):
 
 
 class SnapshotManifest(Document):
-    """The corpus at one moment: the ingest units it consists of."""
+    """The corpus at one moment: the ingest units it consists of, oldest generation first, and their rows that do not count.
+
+    ``read_by``: fingerprint of how files were read and cut. ``rejected``: rows that are bad only beside others.
+    """
 
     snapshot: str
     files: tuple[InputFile, ...]
-    units: tuple[str, ...]
+    generations: tuple[tuple[str, ...], ...]
+    read_by: str
+    masked: DataFile | None
+    rejected: DataFile | None
     counts: dict[str, int]
     limit: int | None = None
 
@@ -75,12 +84,13 @@ class TrainedManifest(Document):
     trained: str
     encoder: str
     file: DataFile | None
-    kind: Literal["flat", "ivfpq"]
+    kind: Kind
     dim: int
     nlist: int
     m: int
     nbits: int
     opq: bool
+    factory: str
     passages: int
     train_vectors: int
     why: str
@@ -99,8 +109,9 @@ class OperatingPoint(BaseModel):
 
 
 class Evaluation(Document):
-    """What the index finds of what exact search over the same vectors finds."""
+    """What the index finds of what exact search over the same vectors finds. ``asked``: fingerprint of what was asked for."""
 
+    asked: str
     k: int
     queries: int
     source: str
@@ -113,30 +124,53 @@ class Evaluation(Document):
     labelled: dict[str, dict[str, float]] | None = None
 
 
-class MergeRecord(Document):
-    """The data files of an artifact to be: written by merge, read by evaluate and publish."""
+class IndexPart(BaseModel):
+    """An index file of an artifact: the vectors of ordinals ``first`` to ``first + count``; ``mapped``: FAISS can map it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    first: int
+    count: int
+    mapped: bool
+
+
+class DocumentsFile(BaseModel):
+    """A file of the documents of an artifact: ``rows`` rows, of ordinals from ``first`` on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    first: int
+    rows: int
+
+
+class Merged(Document):
+    """The data files of an artifact and the embedding shards in it, by unit name (``records``)."""
 
     version: str
+    dim: int
     files: dict[str, DataFile]
+    parts: tuple[IndexPart, ...]
+    documents: tuple[DocumentsFile, ...]
+    rescore: Rescore
     records: dict[str, str]
     counts: dict[str, int]
+
+
+class MergeRecord(Merged):
+    """Written by merge, read by evaluate and publish."""
+
     timings_s: dict[str, float] = Field(default_factory=dict)
 
 
-class ArtifactManifest(Document):
+class ArtifactManifest(Merged):
     """The servable folder: every file with its hash, every record it was made from, what it is and how good."""
 
-    version: str
     content: str
     created: str
     snapshot: str
     limit: int | None
-    counts: dict[str, int]
     encoder: dict[str, Any]
-    dim: int
     index: TrainedManifest
-    files: dict[str, DataFile]
-    records: dict[str, str]
     evaluation: Evaluation
     config: dict[str, Any]
     versions: dict[str, str]

@@ -20,10 +20,12 @@ from pipeline.fingerprint import fingerprint
 
 IDENTITY_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".py"}
 FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""Names of a model's prompt for documents, the first that it has, as sentence-transformers looks for it."""
 UNLIMITED_TOKENS = 1 << 30
 """The limit of a static (bag of tokens) model, which has none."""
 COMMIT = re.compile("[0-9a-f]{40}")
-OVERFLOWING = ("t5", "mt5", "umt5")
+OVERFLOWING = ("t5", "mt5", "umt5", "gemma3", "gemma3_text")
 """Model types whose activations leave the range of FP16; they were trained in BF16."""
 
 
@@ -132,7 +134,7 @@ def find_model(model: str, revision: str | None = None) -> ModelFolder:
         _dim(path, modules),
         _hash_files(str(path)),
         _traceable(path, modules),
-        is_static=not config,
+        is_static=_is_static(modules),
         overflows=overflows,
     )
 
@@ -146,8 +148,10 @@ def resolve_spec(
     """
     model, revision, trusted = request["model"], request.get("revision"), request.get("trust_remote_code", False)
     if trusted and not COMMIT.fullmatch(revision or ""):
-        raise ConfigError("encoder.trust_remote_code: only from a pinned commit; set encoder.revision to 40 hex digits")
+        raise ConfigError(f"encoder.trust_remote_code: only from a pinned commit, {model} has {revision}; give 40 hex digits")
     folder = find_model(model, revision)
+    if trusted:
+        _check_code(folder.path)
     query_folder, query_space = folder, None
     if (query_model := request.get("query_model")) is not None:
         own: EncoderRequest = {"model": query_model, "revision": request.get("query_revision"), "dim": request.get("dim")}
@@ -156,7 +160,8 @@ def resolve_spec(
         query_space = query_spec.space
         if not request.get("dim") and query_folder.dim != folder.dim:
             raise ConfigError(f"encoder.query_model: {query_folder.dim} dimensions, encoder.model has {folder.dim}; use a pair")
-    document = _or_else(request.get("document_prompt"), folder.prompts.get("document", ""))
+    own_document = next((folder.prompts[name] for name in DOCUMENT_PROMPTS if name in folder.prompts), "")
+    document = _or_else(request.get("document_prompt"), own_document)
     query = _or_else(request.get("query_prompt"), query_folder.prompts.get("query", ""))
     limit, dim = request.get("max_tokens") or folder.max_seq_length, request.get("dim") or folder.dim
     if limit > folder.max_seq_length and (position := _max_positions(folder.path)) < limit:
@@ -181,6 +186,16 @@ def resolve_spec(
         trust_remote_code=trusted,
     )
     return spec, folder
+
+
+def _check_code(path: Path) -> None:
+    """Refuse a model whose code is in another repository, which its own commit does not pin."""
+    for file in path.rglob("*.json"):
+        settings = _read_json(file)
+        named = settings.get("auto_map") if isinstance(settings, dict) else None
+        for name in (named or {}).values():
+            if "--" in str(name):
+                raise EncoderError(f"{file}: {name} is code of another repository, of no pinned commit; copy it to the model")
 
 
 def _or_else(value: str | None, default: str) -> str:
@@ -228,7 +243,7 @@ def _hash_files(folder: str) -> str:
 
 
 def _max_seq_length(path: Path, modules: list[dict[str, str]]) -> int:
-    if not (path / "config.json").is_file() and "StaticEmbedding" in modules[0]["type"]:
+    if _is_static(modules):
         return UNLIMITED_TOKENS
     first = path / modules[0]["path"]
     for name in ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlm-roberta_config.json"):
@@ -236,6 +251,10 @@ def _max_seq_length(path: Path, modules: list[dict[str, str]]) -> int:
             return int(length)
     limit = _read_json(first / "tokenizer_config.json", missing={}).get("model_max_length", UNLIMITED_TOKENS)
     return int(min(limit, _max_positions(path)))
+
+
+def _is_static(modules: list[dict[str, str]]) -> bool:
+    return "StaticEmbedding" in modules[0]["type"]
 
 
 def _dim(path: Path, modules: list[dict[str, str]]) -> int:

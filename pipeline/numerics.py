@@ -1,10 +1,15 @@
 """Which arithmetic: precision and backend of an encoder, resolved once per run from what the machine has."""
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.model import ModelFolder
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+"""Device files of NVIDIA, Jetson, WSL and ROCm."""
 
 
 def resolve_precision(precision: str, *, on_gpu: bool, overflows: bool = False) -> str:
@@ -38,6 +43,20 @@ def resolve_backend(backend: str, folder: ModelFolder, *, on_gpu: bool, precisio
         reason = "the encoders have GPUs" if on_gpu else f"{folder.path} is no transformer pooled over all tokens"
         raise ConfigError(f"encoder.backend: openvino cannot be used, {reason}; use torch or auto")
     return backend
+
+
+def on_gpu() -> bool:
+    """Whether encoders on this machine have a GPU. Asks torch only where a driver is: it takes seconds to import."""
+    if sys.platform == "linux" and not any(Path(device).exists() for device in GPU_DEVICES):
+        return False
+    from pipeline import torch_engine
+
+    return torch_engine.has_cuda()
+
+
+def cpu_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def native_bf16() -> bool:

@@ -9,20 +9,22 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline import index
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents
 from pipeline.errors import DataError
-from pipeline.formats import Slice, count_rows
+from pipeline.formats import count_rows
+from pipeline.index_plan import IndexPlan, choose, index_bytes
 from pipeline.job import Job
+from pipeline.key_merge import LIBRARY_BYTES
+from pipeline.live import known_files
+from pipeline.merging import MERGE_COPIES
 from pipeline.passages import KEY_BYTES, Splitter
-from pipeline.snapshot import count_done, identify_files, known_files, plan_units
+from pipeline.slices import Slice
 from pipeline.tokenizer import TextTokenizer
+from pipeline.units import count_done, identify_files, plan_units
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
 CALIBRATION_PASSAGES = 96
-LIST_ENTRY_BYTES = 8
-"""FAISS keeps an int64 id beside each code."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
     files: int
     input_bytes: int
     formats: tuple[str, ...]
+    ignored: tuple[str, ...]
     units: int
     units_done: int
     documents: int
@@ -42,7 +45,7 @@ class Plan:
     truncated_documents: int
     embedding_bytes: int
     artifact_bytes: int
-    index: index.IndexPlan
+    index: IndexPlan
     index_bytes: int
     merge_memory_bytes: int
     search_memory_bytes: int
@@ -54,7 +57,7 @@ class Plan:
 
 def sample_texts(job: Job) -> list[str]:
     """Passages of a sample of the corpus, without writing anything."""
-    units = plan_units(identify_files(job.config, known_files(job.storage)), job.config, job.spec.space)
+    units = plan_units(identify_files(job.config, known_files(job.storage)).chosen, job.config, job.spec.space)
     sample, _ = _usable_sample([part for unit in units for part in unit.slices], job)
     split = _splitter(job)([document.text for document in sample])
     return [passage.text for each in split for passage in each]
@@ -62,7 +65,8 @@ def sample_texts(job: Job) -> list[str]:
 
 def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second."""
-    files = identify_files(job.config, known_files(job.storage))
+    listed = identify_files(job.config, known_files(job.storage))
+    files = listed.chosen
     units = plan_units(files, job.config, job.spec.space)
     slices = [part for unit in units for part in unit.slices]
     rows = sum(count_rows(part, job.config.store) for part in slices)
@@ -77,12 +81,13 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     rate = calibrate(
         [texts[number] for number in np.linspace(0, len(texts) - 1, min(len(texts), CALIBRATION_PASSAGES)).astype(int)]
     )
-    plan = index.choose(job.config.index, passages, job.spec.dim)
-    sizes = _sizes(plan, passages, job.spec.dim, text_bytes)
+    plan = choose(job.config.index, passages, job.spec.dim)
+    sizes = _sizes(plan, passages, job.spec.dim, text_bytes, job.config.compute.merge_memory)
     return Plan(
         files=len(files),
         input_bytes=sum(file.size_bytes for file, _ in files),
         formats=tuple(sorted({kind for _, kind in files})),
+        ignored=listed.ignored,
         units=len(units),
         units_done=count_done(job.storage, units),
         documents=documents,
@@ -104,19 +109,15 @@ def _splitter(job: Job) -> Splitter:
     return Splitter(TextTokenizer(job.model, job.spec.max_tokens), job.config.passages, job.spec.document_prompt)
 
 
-def _sizes(plan: index.IndexPlan, passages: int, dim: int, text_bytes: float) -> dict[str, int]:
+def _sizes(plan: IndexPlan, passages: int, dim: int, text_bytes: float, limit: int) -> dict[str, int]:
     vectors = 2 * dim * passages
-    if plan.kind == "flat":
-        index_bytes = 4 * dim * passages
-    else:
-        index_bytes = passages * (plan.m * plan.nbits // 8 + LIST_ENTRY_BYTES) + plan.nlist * dim * 4 + (dim * 4 << plan.nbits)
-    keys_and_ordinals = (KEY_BYTES + 8 + 1) * passages
+    size = index_bytes(plan, passages, dim)
     return {
         "embedding_bytes": vectors + KEY_BYTES * passages,
-        "artifact_bytes": round(vectors + index_bytes + 0.4 * text_bytes),  # zstd keeps about 40 % of English text
-        "index_bytes": index_bytes,
-        "merge_memory_bytes": index_bytes + keys_and_ordinals,
-        "search_memory_bytes": index_bytes,
+        "artifact_bytes": round(vectors + size + 0.4 * text_bytes),  # zstd keeps about 40 % of English text
+        "index_bytes": size,
+        "merge_memory_bytes": min(LIBRARY_BYTES + MERGE_COPIES * size, limit),
+        "search_memory_bytes": size,
     }
 
 

@@ -5,13 +5,23 @@ import platform
 from datetime import UTC, datetime
 
 from pipeline import __version__, layout
-from pipeline.artifact import MANIFEST, read_manifest
-from pipeline.errors import ConfigError, VerificationError
+from pipeline.artifact import MANIFEST, read_manifest, verify_file
+from pipeline.coverage import Coverage
+from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint, sha256
 from pipeline.job import Event, Job
 from pipeline.log import Lease, Log, LogEntry
-from pipeline.manifest import ArtifactManifest, Evaluation, MergeRecord, SnapshotManifest, TrainedManifest, to_bytes
-from pipeline.shards import Keys
+from pipeline.manifest import (
+    ArtifactManifest,
+    Evaluation,
+    Merged,
+    MergeRecord,
+    SnapshotManifest,
+    TrainedManifest,
+    load,
+    put_data,
+    to_bytes,
+)
 from pipeline.storage import Storage
 
 VERSIONED = (
@@ -27,13 +37,13 @@ VERSIONED = (
 )
 
 
-def content_name(job: Job, snapshot: SnapshotManifest, trained: TrainedManifest, left_out: Keys) -> str:
-    """Identity of what an artifact holds: equal for equal corpus without ``left_out``, encoder, index and measurement."""
-    measured = job.config.evaluation.model_dump(mode="json") | {"target_recall": job.config.index.target_recall}
-    measured |= job.config.search.model_dump(mode="json", include={"nprobe", "rescore"})
-    what = {"snapshot": snapshot.snapshot, "trained": trained.trained, "encoder": job.spec.fingerprint}
-    what["left_out"] = sha256(left_out.tobytes())
-    return fingerprint({"artifact": 1, "measured": measured, **what})
+def content_name(job: Job, coverage: Coverage, trained: TrainedManifest) -> str:
+    """Identity of what an artifact holds: equal for equal corpus, encoders and index."""
+    form = job.config.index.model_dump(mode="json", include={"partitions", "rescore"})
+    what = {"snapshot": coverage.snapshot.snapshot, "trained": trained.trained, "encoder": job.spec.fingerprint}
+    what["left_out"] = sha256(coverage.left_out.tobytes())
+    what["queries"] = fingerprint({"space": job.spec.query_space, "prompt": job.spec.query_prompt})
+    return fingerprint({"artifact": 2, "form": form, **what})
 
 
 def usable_live(job: Job) -> ArtifactManifest | None:
@@ -51,7 +61,10 @@ def usable_live(job: Job) -> ArtifactManifest | None:
 
 
 def live_artifact(storage: Storage) -> ArtifactManifest | None:
-    """Manifest of the artifact that the last commit names, its hash checked; None without a commit."""
+    """Manifest of the artifact that the last commit names, its hash checked; None without a commit.
+
+    An artifact that was measured again since comes with its last measurement.
+    """
     entry = Log(storage).refresh().live
     if entry is None or entry.artifact is None:
         return None
@@ -66,7 +79,12 @@ def live_artifact(storage: Storage) -> ArtifactManifest | None:
         raise VerificationError(
             f"{storage.at(path)}: its bytes are not those of commit {entry.number}; restore it or roll back"
         )
-    return read_manifest(data, storage.at(path))
+    manifest = read_manifest(data, storage.at(path))
+    if entry.evaluation is None:
+        return manifest
+    path = layout.run(entry.run, entry.evaluation.name)
+    verify_file(storage, path, entry.evaluation)
+    return manifest.model_copy(update={"evaluation": load(Evaluation, storage, path)})
 
 
 def require_live(storage: Storage) -> ArtifactManifest:
@@ -81,18 +99,15 @@ def write_manifest(
     job: Job, content: str, snapshot: SnapshotManifest, trained: TrainedManifest, merged: MergeRecord, evaluation: Evaluation
 ) -> ArtifactManifest:
     """Compose and store the manifest: from here on the folder is an artifact."""
+    carried = {name: getattr(merged, name) for name in Merged.model_fields} | {"counts": snapshot.counts | merged.counts}
     manifest = ArtifactManifest(
-        version=merged.version,
+        **carried,
         content=content,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         snapshot=snapshot.snapshot,
         limit=snapshot.limit,
-        counts=snapshot.counts | merged.counts,
         encoder=job.spec.as_dict() | {"fingerprint": job.spec.fingerprint},
-        dim=trained.dim,
         index=trained,
-        files=merged.files,
-        records=merged.records,
         evaluation=evaluation,
         config=job.config.model_dump(mode="json", exclude={"store": {"s3"}}),
         versions=_versions(),
@@ -111,6 +126,18 @@ def check_unused(storage: Storage, version: str) -> None:
         )
 
 
+def check_shrink(job: Job, live: ArtifactManifest | None, snapshot: SnapshotManifest) -> None:
+    """Raise DataError when too many of the live documents are gone: a half-empty export must not go live."""
+    if live is None or live.limit is not None or snapshot.limit is not None:
+        return
+    before, now = live.counts["documents"], snapshot.counts["documents"]
+    if now < (1 - job.config.publish.max_shrink) * before:
+        raise DataError(
+            f"{job.config.corpus.uri}: {now} documents, artifact {live.version} has {before}: more than publish.max_shrink "
+            f"{job.config.publish.max_shrink:g} of them are gone; check the export, or allow it with --set publish.max_shrink=1"
+        )
+
+
 def check_gate(manifest: ArtifactManifest, min_recall: float) -> None:
     """Raise VerificationError when recall is under the gate; tiny corpora are reported and not gated."""
     found = manifest.evaluation
@@ -121,10 +148,13 @@ def check_gate(manifest: ArtifactManifest, min_recall: float) -> None:
         )
 
 
-def commit(lease: Lease, storage: Storage, manifest: ArtifactManifest) -> LogEntry:
-    """Make a verified artifact live."""
+def commit(lease: Lease, storage: Storage, manifest: ArtifactManifest, *, measured_again: bool = False) -> LogEntry:
+    """Make a verified artifact live, with the measurement that is in its manifest or a later one."""
+    evaluation = None
+    if measured_again:
+        evaluation = put_data(storage, layout.run(lease.run, "evaluation"), ".json", to_bytes(manifest.evaluation), 0)
     data = storage.read(f"{layout.artifact(manifest.version)}/{MANIFEST}")
-    return lease.commit(manifest.version, sha256(data))
+    return lease.commit(manifest.version, sha256(data), evaluation)
 
 
 def _versions() -> dict[str, str]:

@@ -8,14 +8,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline import layout, publish
+from pipeline import layout, publish, retries
 from pipeline.artifact import verify
 from pipeline.config import Config
+from pipeline.coverage import Coverage, cover
 from pipeline.errors import ConfigError
 from pipeline.evaluation import read_queries
+from pipeline.indexing import is_asked_anew
 from pipeline.job import Event, Job, Say, plan_job
+from pipeline.live import config_spec
 from pipeline.log import Lease, writing
 from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
+from pipeline.snapshot import snapshot_of
 from pipeline.stages import index as stages
 from pipeline.stages.cluster import Cluster, connected
 from pipeline.stages.embed import embed
@@ -25,7 +29,10 @@ from pipeline.storage import uri_scheme
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did: passages encoded, whether it trained, index shards made, the artifact it built, what is live now."""
+    """What a run did: passages encoded, whether it trained, index shards made, the artifact it built, what is live now.
+
+    ``retries``: requests to an object store that had to be made again.
+    """
 
     run: str
     snapshot: SnapshotManifest
@@ -35,39 +42,72 @@ class Outcome:
     built: ArtifactManifest | None
     live: ArtifactManifest | None
     committed: bool
+    retries: int
 
 
 def reindex(
-    config: Config, *, limit: int | None = None, encode: bool = True, go_live: bool = True, say: Say = lambda _: None
+    config: Config,
+    *,
+    limit: int | None = None,
+    encode: bool = True,
+    rebuild: bool = False,
+    go_live: bool = True,
+    say: Say = lambda _: None,
 ) -> Outcome:
     """Bring the root up to date with the corpus: encode, index and commit what changed, and nothing else.
 
-    Without ``encode`` a passage that has no vector yet is an error (VerificationError).
+    Without ``encode`` a passage that has no vector yet is an error (VerificationError). ``rebuild``: train for this corpus and
+    merge a new artifact even where what is live would do.
     """
     with running(config, say) as (job, lease, cluster):
         live = publish.usable_live(job)
         snapshot = ingest(job, limit)
+        if go_live:
+            publish.check_shrink(job, live, snapshot)
         encoded = embed(job, snapshot, cluster) if encode else 0
-        trained, is_new = stages.train(job, snapshot, cluster, live.index if live else None)
-        added = stages.add(job, snapshot, trained)
-        content = publish.content_name(job, snapshot, trained, stages.left_out(job, snapshot))
-        if live and live.content == content:
-            say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
-            return Outcome(job.run_id, snapshot, encoded, is_new, added, None, live, committed=False)
-        built = build(job, content, snapshot, trained, lease, cluster)
-        committed = go_live and _go_live(job, built, live, lease)
-        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, built if committed else live, committed)
+        coverage = cover(job, snapshot)
+        trained, is_new = stages.train(job, coverage, cluster, live.index if live and not rebuild else None)
+        added = stages.add(job, coverage, trained)
+        content = publish.content_name(job, coverage, trained)
+        if live and live.content == content and not rebuild:
+            measured = _measured_again(job, coverage, live, lease, cluster) if go_live and is_asked_anew(job, live) else None
+            if measured is None:
+                say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
+            built, live, committed = None, measured or live, bool(measured)
+        else:
+            built = build(job, content, coverage, trained, lease, cluster)
+            committed = go_live and _go_live(job, built, live, lease)
+            live = built if committed else live
+        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, live, committed, retries.taken())
 
 
 def build(
-    job: Job, content: str, snapshot: SnapshotManifest, trained: TrainedManifest, lease: Lease, cluster: Cluster
+    job: Job, content: str, coverage: Coverage, trained: TrainedManifest, lease: Lease, cluster: Cluster
 ) -> ArtifactManifest:
     """Merge and evaluate under a version that no other writer can have: its epoch is in the name."""
     version = f"{lease.epoch:06d}-{content[:12]}"
     publish.check_unused(job.storage, version)
-    merged = stages.merge(job, snapshot, trained, version)
-    evaluation = stages.evaluate(job, snapshot, trained, merged, cluster)
-    return publish.write_manifest(job, content, snapshot, trained, merged, evaluation)
+    merged = stages.merge(job, coverage, trained, version)
+    evaluation = stages.evaluate(job, coverage, merged, cluster)
+    return publish.write_manifest(job, content, coverage.snapshot, trained, merged, evaluation)
+
+
+def tune(config: Config, *, say: Say = lambda _: None) -> ArtifactManifest:
+    """Measure the live artifact again on this machine and commit it with its new operating points."""
+    with running(config, say) as (job, lease, cluster):
+        live = publish.require_live(job.storage)
+        config_spec(config, live)
+        return _measured_again(job, cover(job, snapshot_of(job.storage, live)), live, lease, cluster)
+
+
+def _measured_again(job: Job, coverage: Coverage, live: ArtifactManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
+    """The live artifact with a new measurement, committed: its files stay as they are."""
+    evaluation = stages.evaluate(job, coverage, live, cluster)
+    measured = live.model_copy(update={"evaluation": evaluation})
+    publish.check_gate(measured, job.config.publish.min_recall)
+    entry = publish.commit(lease, job.storage, measured, measured_again=True)
+    job.say(Event("publish", f"artifact {live.version} is live with new search settings, commit {entry.number}", 1, 1))
+    return measured
 
 
 @contextlib.contextmanager
@@ -77,6 +117,7 @@ def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
         raise ConfigError("root: memory:// lives in one process and Ray works in many; use a folder or a bucket")
     if config.evaluation.queries:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
+    retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
         job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=say)
         with writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: say(Event("lock", text))) as lease:
@@ -92,7 +133,10 @@ def ingest_only(config: Config, *, limit: int | None = None, say: Say = lambda _
 def embed_only(config: Config, *, limit: int | None = None, say: Say = lambda _: None) -> int:
     """The first two parts of ``reindex``: the snapshot and its embeddings; returns the passages encoded."""
     with running(config, say) as (job, _, cluster):
-        return embed(job, ingest(job, limit), cluster)
+        snapshot = ingest(job, limit)
+        encoded = embed(job, snapshot, cluster)
+        cover(job, snapshot)
+        return encoded
 
 
 def _go_live(job: Job, artifact: ArtifactManifest, live: ArtifactManifest | None, lease: Lease) -> bool:

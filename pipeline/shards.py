@@ -5,7 +5,7 @@ Keys and vectors are ``fixed_size_binary``: read as one buffer at 2.4 GB/s, wher
 """
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ Keys = npt.NDArray[np.bytes_]
 """(n,) of dtype S16: compares as the 16 bytes do. Take bytes with ``tobytes``; indexing strips trailing zeros."""
 KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
 ROW_GROUP_ROWS = 2048
+NOTHING_MASKED = np.empty(0, dtype=np.int64)
 
 
 def fixed_binary(values: npt.NDArray[Any]) -> Any:
@@ -43,6 +44,14 @@ def to_rows(column: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 def keys_of(column: Any) -> Keys:
     """Arrow column of keys -> (n,) S16."""
     return cast(Keys, to_rows(column, KEY_DTYPE))
+
+
+def is_among(keys: Keys, known: Keys) -> npt.NDArray[np.bool_]:
+    """For each key whether it is in ``known`` (sorted), both (n,) S16."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=bool)
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return cast(npt.NDArray[np.bool_], known[places] == keys)
 
 
 def parquet_bytes(table: Any, *, compress: bool) -> bytes:
@@ -76,11 +85,18 @@ def open_parquet(storage: Storage, folder: str, file: DataFile) -> Any:
 
 def read_columns(storage: Storage, folder: str, file: DataFile, columns: Sequence[str]) -> Any:
     """Some columns of a whole file as an Arrow table."""
+    return read_rows(storage, folder, file, columns, 0, file.rows)
+
+
+def read_rows(storage: Storage, folder: str, file: DataFile, columns: Sequence[str], first: int, end: int) -> Any:
+    """Rows ``first`` to ``end`` of some columns, reading only the row groups that hold them."""
+    groups = range(first // ROW_GROUP_ROWS, -(-end // ROW_GROUP_ROWS))
     with open_parquet(storage, folder, file) as parquet:
         try:
-            return parquet.read(columns=list(columns))
+            table = parquet.read_row_groups(list(groups), columns=list(columns))
         except (OSError, pa.ArrowInvalid) as error:
             raise StorageError(f"{storage.at(folder)}/{file.name}: {error}; delete it and its record, run again") from error
+    return table.slice(first - groups.start * ROW_GROUP_ROWS, end - first)
 
 
 def read_keys(storage: Storage, folder: str, file: DataFile) -> Keys:
@@ -88,49 +104,60 @@ def read_keys(storage: Storage, folder: str, file: DataFile) -> Keys:
     return keys_of(read_columns(storage, folder, file, ["key"]).column("key"))
 
 
-class _Cursor:
-    """Reads a key-sorted Parquet file forward, one row group at a time."""
+class Cursor:
+    """Reads a Parquet file forward, one row group in memory at a time, ``masked`` rows left out."""
 
-    def __init__(self, storage: Storage, folder: str, file: DataFile, columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        file: DataFile,
+        columns: Sequence[str],
+        masked: npt.NDArray[np.int64] = NOTHING_MASKED,
+    ) -> None:
         self._parquet = open_parquet(storage, folder, file)
         self._columns = list(columns)
-        self._empty = self._parquet.schema_arrow.empty_table().select(self._columns)
+        self.schema = self._parquet.schema_arrow
+        self.rows = file.rows
+        self._empty = self.schema.empty_table().select(self._columns)
         self._group = 0
+        self._masked = masked
         self._table: Any = None
-        self._keys: Keys = np.empty(0, dtype=KEY_DTYPE)
+
+    def take(self, count: int) -> list[Any]:
+        """Tables of the next ``count`` rows, or of those that are left; at least an empty one."""
+        taken = [self._empty]
+        while count and self._load():
+            taken.append(self._advance(min(count, self._table.num_rows)))
+            count -= taken[-1].num_rows
+        return taken
 
     def take_until(self, bound: bytes | None) -> list[Any]:
-        """Tables of all rows not yet taken whose key is below ``bound`` (None: all that are left), at least an empty one."""
+        """The same of all rows not yet taken whose key is below ``bound`` (None: all); the file is sorted by ``key``."""
         taken = [self._empty]
-        while True:
-            if self._table is None and not self._next_group():
-                return taken
-            end = len(self._keys) if bound is None else int(np.searchsorted(self._keys, np.bytes_(bound)))
-            taken.append(self._table.slice(0, end))
-            if end < len(self._keys):
-                self._table, self._keys = self._table.slice(end), self._keys[end:]
-                return taken
-            self._table = None
+        while self._load():
+            rows = self._table.num_rows
+            end = rows if bound is None else int(np.searchsorted(keys_of(self._table.column("key")), np.bytes_(bound)))
+            taken.append(self._advance(end))
+            if end < rows:
+                break
+        return taken
 
-    def _next_group(self) -> bool:
-        if self._group == self._parquet.num_row_groups:
-            self._parquet.close()
-            return False
-        self._table = self._parquet.read_row_group(self._group, columns=self._columns)
-        self._keys = keys_of(self._table.column("key"))
-        self._group += 1
+    def _load(self) -> bool:
+        """Have a row group with rows left; False at the end of the file."""
+        while self._table is None or not self._table.num_rows:
+            if self._group == self._parquet.num_row_groups:
+                self._table = None
+                self._parquet.close()
+                return False
+            self._table = self._parquet.read_row_group(self._group, columns=self._columns)
+            first = self._group * ROW_GROUP_ROWS
+            masked = self._masked[(self._masked >= first) & (self._masked < first + ROW_GROUP_ROWS)] - first
+            if len(masked):
+                self._table = self._table.take(np.delete(np.arange(self._table.num_rows), masked))
+            self._group += 1
         return True
 
-
-def merge_by_key(
-    storage: Storage, files: Iterable[tuple[str, DataFile]], columns: Sequence[str], bounds: Sequence[bytes]
-) -> Iterator[Any]:
-    """Merge key-sorted files: one Arrow table for each key range, in key order; inside a range files follow in the given order.
-
-    ``files``: (folder, file). ``bounds``: ascending keys that separate the ranges, len(bounds) + 1 tables come.
-    Memory: one range and one row group per file.
-    """
-    cursors = [_Cursor(storage, folder, file, columns) for folder, file in files]
-    for bound in (*bounds, None):
-        parts = [table for cursor in cursors for table in cursor.take_until(bound)]
-        yield pa.concat_tables(parts)
+    def _advance(self, count: int) -> Any:
+        head, self._table = self._table.slice(0, count), self._table.slice(count)
+        return head

@@ -1,267 +1,191 @@
-"""The corpus at one moment: planning its ingest units, ingesting one, and the manifest over them.
+"""The corpus at one moment: which ingest units it consists of, and which of their rows do not count.
 
-An ingest unit is named by the hash of what it reads (file, content, columns, splitting), so a file that did
-not change is never read again, and a snapshot is only a list of units. Rows of a part are sorted by key.
+A snapshot is named by what it is made from, so the same corpus has the same snapshot. In a corpus of ``mode: append`` the
+units of earlier snapshots stay, oldest generation first.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
 
 from pipeline import layout
-from pipeline.config import Config, StoreConfig
-from pipeline.corpus import RejectedRow, SourceDocument, choose_files, read_documents
-from pipeline.errors import DataError, VerificationError
+from pipeline.config import Config
+from pipeline.documents import Resolution
+from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint
-from pipeline.formats import Slice, row_group_bytes
-from pipeline.log import Log
-from pipeline.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, put_record
-from pipeline.passages import KEY_BYTES, Passage, Splitter
-from pipeline.shards import KEY_DTYPE, Keys, parquet_bytes, read_keys
-from pipeline.storage import FileInfo, Storage, content_hash, list_files
+from pipeline.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, to_bytes
+from pipeline.shards import KEY_DTYPE, Keys, keys_of, parquet_bytes, read_columns
+from pipeline.storage import Storage
+from pipeline.units import COUNTS, REJECTED_SCHEMA
 
-BATCH_DOCUMENTS = 256
-UNIT_BYTES = 64 << 20
-"""Input per ingest unit. Constant, because it decides the names of units and so what is done again."""
-PART_PASSAGES = 1 << 15
-PART_CHARS = 64 << 20
-"""Passages and text per part file: bounds the memory of an ingest task whatever the size of its input file."""
-
-PASSAGE_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-        pa.field("doc_id", pa.string(), nullable=False),
-        pa.field("passage", pa.int32(), nullable=False),
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("end", pa.int64(), nullable=False),
-        pa.field("text", pa.large_string(), nullable=False),
-        pa.field("tokens", pa.int32(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("metadata", pa.string()),
-    ]
-)
-REJECTED_SCHEMA = pa.schema(
-    [
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("doc_id", pa.string()),
-        pa.field("code", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-        pa.field("text_sha256", pa.string()),
-        pa.field("text_head", pa.string()),
-    ]
-)
-COUNTS = ("rows", "documents", "rejected", "passages", "split", "truncated", "tokens")
+MASKED_SCHEMA = pa.schema([pa.field("part", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False)])
+SHOWN_REJECTED = 3
 
 
-class IngestUnit(BaseModel):
-    """What one ingest task reads. ``limit``: at most so many documents (a run with ``--limit``)."""
+@dataclass(frozen=True)
+class Part:
+    """A part file of an ingest unit, and its rows that do not count, ascending."""
 
-    model_config = ConfigDict(frozen=True)
-    name: str
-    slices: tuple[Slice, ...]
-    limit: int | None = None
+    file: DataFile
+    masked: npt.NDArray[np.int64]
 
+    @property
+    def rows(self) -> int:
+        """Passages that count."""
+        return self.file.rows - len(self.masked)
 
-def identify_files(config: Config, known: Iterable[InputFile] = ()) -> list[tuple[InputFile, str]]:
-    """The corpus files, each with its format and a content identity: the etag, or on local disk the hash.
-
-    A local file whose size and modification time are those of ``known`` is not hashed again.
-    """
-    seen = {(file.uri, file.size_bytes, file.stamp): file.content for file in known}
-    return [
-        (InputFile(uri=info.uri, size_bytes=info.size_bytes, stamp=info.stamp, content=_content(info, seen)), file_format)
-        for info, file_format in choose_files(list_files(config.corpus.uri, config.store), config.corpus)
-    ]
+    @property
+    def kept(self) -> npt.NDArray[np.int64]:
+        """Row numbers of the passages that count, ascending."""
+        return np.delete(np.arange(self.file.rows), self.masked)
 
 
-def plan_units(files: Sequence[tuple[InputFile, str]], config: Config, space: str) -> list[IngestUnit]:
-    """Cut large Parquet files into runs of row groups and pack small files together, stably.
-
-    Small files go to buckets by the hash of their URI, so that one changed file redoes one bucket.
-    """
-    small = [(file, kind) for file, kind in files if file.size_bytes < UNIT_BYTES // 8]
-    buckets = 1 << max(0, (sum(file.size_bytes for file, _ in small) // UNIT_BYTES).bit_length())
-    packed: dict[int, list[Slice]] = {}
-    units: list[tuple[Slice, ...]] = []
-    for file, kind in files:
-        part = Slice(uri=file.uri, size_bytes=file.size_bytes, content=file.content, format=kind)
-        if file.size_bytes < UNIT_BYTES // 8:
-            packed.setdefault(int(fingerprint(file.uri, length=8), 16) % buckets, []).append(part)
-        elif kind == "parquet" and file.size_bytes > UNIT_BYTES:
-            units += [(run,) for run in _row_group_runs(part, config.store)]
-        else:
-            units.append((part,))
-    units += [tuple(slices) for _, slices in sorted(packed.items())]
-    return [IngestUnit(name=_unit_name(slices, config, space, None), slices=slices) for slices in units]
+def snapshot_name(generations: Sequence[Sequence[str]], limit: int | None, deletes: str | None, mode: str) -> str:
+    """Identity of a snapshot: the hash of its units and of what else decides which of their rows count."""
+    units: list[Any] = [sorted(generation) for generation in generations]
+    return fingerprint({"snapshot": 2, "units": units, "limit": limit, "deletes": deletes, "mode": mode})
 
 
-def limited(unit: IngestUnit, limit: int, config: Config, space: str) -> IngestUnit:
-    """The same unit, cut after ``limit`` documents: other content, so another name."""
-    return IngestUnit(name=_unit_name(unit.slices, config, space, limit), slices=unit.slices, limit=limit)
-
-
-def ingest_unit(unit: IngestUnit, config: Config, splitter: Splitter, storage: Storage) -> Record:
-    """Read, check, split and store the rows of one unit; the record is created last. Raises DataError on a broken file."""
-    started = time.perf_counter()
-    counts = dict.fromkeys(COUNTS, 0)
-    stem = f"{layout.PASSAGES}/{unit.name}"
-    files: list[DataFile] = []
-    rejected: list[RejectedRow] = []
-    buffer: list[dict[str, Any]] = []
-    chars = 0
-    for batch in _batches(_documents(unit, config, rejected, counts), BATCH_DOCUMENTS):
-        for document, passages in zip(batch, splitter([document.text for document in batch]), strict=True):
-            _count(counts, passages)
-            buffer += _rows(document, passages)
-        chars += sum(len(document.text) for document in batch)
-        if len(buffer) >= PART_PASSAGES or chars >= PART_CHARS:
-            files.append(_put_part(storage, stem, buffer))
-            buffer, chars = [], 0
-    if buffer:
-        files.append(_put_part(storage, stem, buffer))
-    if counts["rows"] != counts["documents"] + counts["rejected"]:
-        raise AssertionError(f"unit {unit.name}: rows in {counts['rows']} != documents + rejected in {counts}")
-    quarantine = _put_rejected(storage, stem, rejected) if rejected else None
-    timings = {"total": time.perf_counter() - started}
-    record = Record(unit=unit.name, files=tuple(files), rejected=quarantine, counts=counts, timings_s=timings)
-    return put_record(storage, layout.PASSAGES, record)
-
-
-def build_snapshot(files: Sequence[InputFile], records: Sequence[Record], limit: int | None) -> SnapshotManifest:
-    """The manifest over finished units; its id is the hash of their names, which no modification time enters."""
-    units = tuple(sorted(record.unit for record in records))
+def put_snapshot(
+    storage: Storage, name: str, files: Sequence[InputFile], generations: Sequence[Sequence[Record]], found: Resolution,
+    limit: int | None, read_by: str,
+) -> SnapshotManifest:  # fmt: skip
+    """Write the manifest over finished units, after the rows of them that do not count."""
+    records = [record for generation in generations for record in generation]
     counts = {name: sum(record.counts.get(name, 0) for record in records) for name in COUNTS}
-    snapshot_id = fingerprint({"units": list(units), "limit": limit})
-    return SnapshotManifest(snapshot=snapshot_id, files=tuple(files), units=units, counts=counts, limit=limit)
+    counts |= {name: counts.get(name, 0) + count for name, count in found.counts.items()}
+    settled = sum(counts.get(name, 0) for name in ("documents", "rejected", "duplicates", "replaced", "deleted"))
+    if counts["rows"] != settled:
+        raise AssertionError(f"snapshot {name}: rows in {counts['rows']} != rows accounted for {settled}, {counts}")
+    masked = rejected = None
+    if found.masked:
+        rows = [{"part": part, "row": row} for part in sorted(found.masked) for row in found.masked[part].tolist()]
+        data = parquet_bytes(pa.Table.from_pylist(rows, schema=MASKED_SCHEMA), compress=True)
+        masked = put_data(storage, f"{layout.SNAPSHOTS}/{name}", ".masked.parquet", data, len(rows))
+    if found.conflicts:
+        table = pa.Table.from_pylist([asdict(row) for row in found.conflicts], schema=REJECTED_SCHEMA)
+        data = parquet_bytes(table, compress=True)
+        rejected = put_data(storage, f"{layout.SNAPSHOTS}/{name}", ".rejected.parquet", data, len(found.conflicts))
+    snapshot = SnapshotManifest(
+        snapshot=name,
+        files=tuple(files),
+        generations=tuple(tuple(sorted(record.unit for record in generation)) for generation in generations),
+        read_by=read_by,
+        masked=masked,
+        rejected=rejected,
+        counts=counts,
+        limit=limit,
+    )
+    storage.create(layout.snapshot(name), to_bytes(snapshot))
+    return snapshot
 
 
-def check_quality(snapshot: SnapshotManifest, config: Config, root: str) -> None:
+def check_quality(storage: Storage, snapshot: SnapshotManifest, config: Config) -> None:
     """Raise DataError when more rows were rejected than the config accepts, or none is left."""
-    rows, rejected = snapshot.counts["rows"], snapshot.counts["rejected"]
-    ceiling = max(config.corpus.max_bad_rows, int(config.corpus.max_bad_fraction * rows))
+    counts, corpus = snapshot.counts, config.corpus
+    rows, rejected = counts["rows"], counts["rejected"]
+    ceiling = max(corpus.max_bad_rows, int(corpus.max_bad_fraction * rows)) if corpus.on_error != "abort" else 0
     if rejected > ceiling:
+        first = "; ".join(_shown(row) for row in rejected_rows(storage, snapshot, SHOWN_REJECTED))
         raise DataError(
-            f"{config.corpus.uri}: {rejected} of {rows} rows rejected, the ceiling is {ceiling}; see "
-            f"{root}/{layout.PASSAGES}/*.rejected.parquet, mend the rows or raise corpus.max_bad_fraction / max_bad_rows"
+            f"{corpus.uri}: {rejected} of {rows} rows rejected, the ceiling is {ceiling}: {first}. All of them: vecmill "
+            "validate; mend the rows or raise corpus.max_bad_fraction / max_bad_rows"
         )
-    if not snapshot.counts["documents"]:
-        raise DataError(f"{config.corpus.uri}: no document in {rows} rows; check corpus.text and corpus.id")
+    if not counts["documents"]:
+        raise DataError(f"{corpus.uri}: no document in {rows} rows; check corpus.text and corpus.id")
 
 
-def count_done(storage: Storage, units: Iterable[IngestUnit]) -> int:
-    """How many of the units have their record, and so need not be read again."""
-    return sum(storage.exists(layout.ingest_record(unit.name)) for unit in units)
+def rejected_rows(storage: Storage, snapshot: SnapshotManifest, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rejected rows of a snapshot, up to a limit."""
+    rows: list[dict[str, Any]] = []
+    names = (*REJECTED_SCHEMA.names,)
+    if snapshot.rejected:
+        rows += read_columns(storage, layout.SNAPSHOTS, snapshot.rejected, names).to_pylist()
+    for record in chain.from_iterable(unit_records(storage, snapshot)):
+        if limit is not None and len(rows) >= limit:
+            break
+        if record.rejected:
+            rows += read_columns(storage, layout.PASSAGES, record.rejected, names).to_pylist()
+    return rows[:limit]
 
 
-def parts(storage: Storage, snapshot: SnapshotManifest) -> list[DataFile]:
-    """Every part file of a snapshot, by unit; raises VerificationError when a record is gone or the rows do not add up."""
-    files: list[DataFile] = []
-    for unit in snapshot.units:
-        record = load(Record, storage, layout.ingest_record(unit))
-        if record is None:
-            raise VerificationError(f"{storage.at(layout.ingest_record(unit))}: gone, the snapshot names it; run ingest again")
-        files += record.files
-    if (rows := sum(file.rows for file in files)) != snapshot.counts["passages"]:
+def unit_records(storage: Storage, snapshot: SnapshotManifest) -> Iterator[list[Record]]:
+    """The records of a snapshot's units, a list per generation; raises VerificationError where one is gone."""
+    for generation in snapshot.generations:
+        records: list[Record] = []
+        for unit in generation:
+            record = load(Record, storage, layout.ingest_record(unit))
+            if record is None:
+                where = storage.at(layout.ingest_record(unit))
+                raise VerificationError(f"{where}: gone, the snapshot names it; run ingest again")
+            records.append(record)
+        yield records
+
+
+def parts(storage: Storage, snapshot: SnapshotManifest) -> list[Part]:
+    """Every part of a snapshot, by unit; raises VerificationError when a record is gone or the rows do not add up."""
+    masked: dict[str, npt.NDArray[np.int64]] = {}
+    if snapshot.masked:
+        table = read_columns(storage, layout.SNAPSHOTS, snapshot.masked, MASKED_SCHEMA.names)
+        names, rows = np.array(table.column("part").to_pylist()), table.column("row").to_numpy()
+        masked = {name: np.sort(rows[names == name]) for name in np.unique(names)}
+    none = np.empty(0, dtype=np.int64)
+    records = chain.from_iterable(unit_records(storage, snapshot))
+    found = [Part(file, masked.get(file.name, none)) for record in records for file in record.files]
+    if (rows := sum(part.rows for part in found)) != snapshot.counts["passages"]:
         raise VerificationError(
             f"{storage.uri}: {rows} passages in snapshot {snapshot.snapshot}, it counts {snapshot.counts['passages']}"
         )
-    return files
+    return found
 
 
-def known_files(storage: Storage) -> tuple[InputFile, ...]:
-    """Input files of the live artifact's snapshot, whose content is known without reading."""
-    live = Log(storage).refresh().live
-    manifest = (
-        load(ArtifactManifest, storage, f"{layout.artifact(live.artifact)}/manifest.json") if live and live.artifact else None
-    )
-    snapshot = load(SnapshotManifest, storage, layout.snapshot(manifest.snapshot)) if manifest else None
-    return snapshot.files if snapshot else ()
+def part_keys(storage: Storage, part: Part) -> Keys:
+    """Keys of the passages of a part that count, (n,) S16, ascending."""
+    return np.delete(keys_of(read_columns(storage, layout.PASSAGES, part.file, ["key"]).column("key")), part.masked)
 
 
-def live_keys(storage: Storage, files: Iterable[DataFile]) -> Keys:
+def live_keys(storage: Storage, snapshot_parts: Iterable[Part]) -> Keys:
     """Sorted distinct keys of a snapshot, (n,) S16: the ordinal of a passage is its place here."""
-    keys = [read_keys(storage, layout.PASSAGES, file) for file in files]
+    keys = [part_keys(storage, part) for part in snapshot_parts]
     return np.unique(np.concatenate(keys)) if keys else np.empty(0, dtype=KEY_DTYPE)
 
 
-def _content(info: FileInfo, seen: dict[tuple[str, int, str], str]) -> str:
-    known = seen.get((info.uri, info.size_bytes, info.stamp))
-    return known if known is not None else content_hash(info)
+def snapshot_of(storage: Storage, artifact: ArtifactManifest) -> SnapshotManifest:
+    """The snapshot that an artifact was made from."""
+    path = layout.snapshot(artifact.snapshot)
+    snapshot = load(SnapshotManifest, storage, path)
+    if snapshot is None:
+        raise VerificationError(f"{storage.at(path)}: missing, artifact {artifact.version} names it; run vecmill reindex")
+    return snapshot
 
 
-def _row_group_runs(part: Slice, store: StoreConfig) -> Iterator[Slice]:
-    first, total = 0, 0
-    sizes = row_group_bytes(part.uri, store)
-    for group, size in enumerate(sizes):
-        total += size
-        if total >= UNIT_BYTES or group == len(sizes) - 1:
-            yield part.model_copy(update={"first_row_group": first, "end_row_group": group + 1})
-            first, total = group + 1, 0
+def grown(
+    chosen: Sequence[tuple[InputFile, str]], earlier: SnapshotManifest | None, read_by: str, uri: str
+) -> tuple[list[tuple[InputFile, str]], tuple[tuple[str, ...], ...]]:
+    """For a corpus that only grows: the files that no earlier generation has read, and those generations.
+
+    Raises ConfigError when what was read before must be read in another way and is not there any more.
+    """
+    if earlier is None:
+        return list(chosen), ()
+    if earlier.read_by == read_by:
+        known = {(file.uri, file.content) for file in earlier.files}
+        return [(file, kind) for file, kind in chosen if (file.uri, file.content) not in known], earlier.generations
+    here = {(file.uri, file.content) for file, _ in chosen}
+    gone = [file.uri for file in earlier.files if (file.uri, file.content) not in here]
+    if gone:
+        raise ConfigError(
+            f"{uri}: columns, passages or encoder changed, so that {gone[0]} must be read again and is not there as it was "
+            f"({len(gone)} such files); put it back, undo the change, or start a new root"
+        )
+    return list(chosen), ()
 
 
-def _unit_name(slices: Sequence[Slice], config: Config, space: str, limit: int | None) -> str:
-    corpus = config.corpus.model_dump(include={"uri", "id", "text", "title", "metadata"}, mode="json")
-    passages = config.passages.model_dump(mode="json")
-    what: dict[str, Any] = {
-        "slices": [part.model_dump() for part in slices],
-        "corpus": corpus,
-        "passages": passages,
-        "space": space,
-        "limit": limit,
-    }
-    return fingerprint({"ingest": 1, **what})
-
-
-def _documents(
-    unit: IngestUnit, config: Config, rejected: list[RejectedRow], counts: dict[str, int]
-) -> Iterator[SourceDocument]:
-    for part in unit.slices:
-        for row in read_documents(part, config.corpus, config.store):
-            if unit.limit is not None and counts["documents"] >= unit.limit:
-                return
-            counts["rows"] += 1
-            if isinstance(row, RejectedRow):
-                counts["rejected"] += 1
-                rejected.append(row)
-            else:
-                counts["documents"] += 1
-                yield row
-
-
-def _batches(documents: Iterator[SourceDocument], size: int) -> Iterator[list[SourceDocument]]:
-    while batch := list(islice(documents, size)):
-        yield batch
-
-
-def _count(counts: dict[str, int], passages: Sequence[Passage]) -> None:
-    counts["passages"] += len(passages)
-    counts["split"] += len(passages) > 1
-    counts["truncated"] += any(passage.truncated for passage in passages)
-    counts["tokens"] += sum(passage.tokens for passage in passages)
-
-
-def _rows(document: SourceDocument, passages: Sequence[Passage]) -> list[dict[str, Any]]:
-    source = {"source_uri": document.source_uri, "source_row": document.source_row, "metadata": document.metadata}
-    return [
-        {"doc_id": document.doc_id, "passage": number, **asdict(passage), **source} for number, passage in enumerate(passages)
-    ]
-
-
-def _put_part(storage: Storage, stem: str, rows: list[dict[str, Any]]) -> DataFile:
-    rows.sort(key=lambda row: (row["key"], row["doc_id"], row["passage"]))
-    table = pa.Table.from_pylist(rows, schema=PASSAGE_SCHEMA)
-    return put_data(storage, stem, ".parquet", parquet_bytes(table, compress=True), len(rows))
-
-
-def _put_rejected(storage: Storage, stem: str, rows: list[RejectedRow]) -> DataFile:
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=REJECTED_SCHEMA)
-    return put_data(storage, stem, ".rejected.parquet", parquet_bytes(table, compress=True), len(rows))
+def _shown(row: dict[str, Any]) -> str:
+    where = row["source_uri"] if row["source_row"] is None else f"{row['source_uri']} row {row['source_row']}"
+    return f"{where} {row['code']}, {row['message']}"

@@ -7,11 +7,11 @@ Nothing is ever written through ``fs.open(..., "wb")``: an exception inside comm
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -21,7 +21,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import S3Config, StoreConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.fingerprint import sha256_file
 
 SCHEMES = {"file": None, "s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "adls", "az": "adls", "memory": None}
 """Allowed URI schemes and the extra that brings each (fsspec knows 55, ssh and http among them)."""
@@ -31,12 +30,12 @@ CLIENT_MODULES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azur
 
 
 @dataclass(frozen=True)
-class FileInfo:
-    """A file as the storage describes it. ``stamp``: the etag, on local disk the modification time in ns."""
+class Stored:
+    """A file under a storage: its path there, and when it was written in seconds by the storage's own clock."""
 
-    uri: str
+    path: str
     size_bytes: int
-    stamp: str
+    modified_s: float
 
 
 class Storage:
@@ -51,7 +50,7 @@ class Storage:
         except ImportError as error:
             raise ConfigError(f"{uri}: {scheme}:// needs an extra; pip install 'vecmill[{SCHEMES[scheme]}]'") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.uri = str(Path(_strip_scheme(uri)).expanduser().absolute()) if self.is_local else uri.rstrip("/")
+        self.uri = str(Path(strip_scheme(uri)).expanduser().absolute()) if self.is_local else uri.rstrip("/")
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str, StoreConfig]]:
         return Storage, (self.uri, self._store)
@@ -65,22 +64,36 @@ class Storage:
 
     def read(self, path: str) -> bytes:
         """Whole object; raises FileNotFoundError, StorageError."""
-        with self._explained("read", path):
+        with self.explained("read", path):
             return cast(bytes, self.fs.cat_file(self.at(path)))
 
     def open(self, path: str) -> BinaryIO:
         """A seekable file for reading; the caller closes it."""
-        with self._explained("open", path):
+        with self.explained("open", path):
             return cast(BinaryIO, self.fs.open(self.at(path), "rb"))
 
     def exists(self, path: str) -> bool:
         """Whether an object is there now."""
-        with self._explained("look for", path):
+        with self.explained("look for", path):
             return bool(self.fs.exists(self.at(path)))
+
+    def walk(self, path: str = "") -> list[Stored]:
+        """Every file below ``path``, sorted."""
+        with self.explained("list", path):
+            try:
+                found = self.fs.find(self.at(path), detail=True)
+            except FileNotFoundError:
+                return []
+        below = len(strip_scheme(self.uri).rstrip("/")) + 1
+        return [
+            Stored(strip_scheme(name)[below:], int(info["size"]), _modified(info))
+            for name, info in sorted(found.items())
+            if info["type"] == "file"
+        ]
 
     def list(self, path: str) -> list[str]:
         """Paths of the files directly under ``path``, sorted; empty if there is no such folder."""
-        with self._explained("list", path):
+        with self.explained("list", path):
             try:
                 found = self.fs.ls(self.at(path), detail=True, refresh=True) if not self.is_local else self.fs.ls(self.at(path))
             except FileNotFoundError:
@@ -88,9 +101,14 @@ class Storage:
         names = [str(item["name"]) if isinstance(item, dict) else str(item) for item in found]
         return sorted(f"{path}/{name.rstrip('/').rsplit('/', 1)[-1]}" for name in names)
 
+    def delete(self, path: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        with self.explained("delete", path), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.at(path))
+
     def put(self, path: str, data: bytes) -> None:
         """Write a whole object, replacing any."""
-        with self._explained("write", path):
+        with self.explained("write", path):
             if not self.is_local:
                 self.fs.pipe_file(self.at(path), data)
                 return
@@ -102,7 +120,7 @@ class Storage:
         """Write a whole object only if none is there: True if this call made it. ``data`` is never empty."""
         if not data:
             raise ValueError(f"{path}: an empty object cannot be created exclusively (s3fs ignores the condition)")
-        with self._explained("create", path):
+        with self.explained("create", path):
             if not self.is_local:
                 return self._create_remote(path, data)
             temporary = self._write_temporary(path, data)
@@ -128,14 +146,14 @@ class Storage:
     def size(self, path: str) -> int | None:
         """Bytes of an object, None if there is none."""
         try:
-            with self._explained("look for", path):
+            with self.explained("look for", path):
                 return int(self.fs.size(self.at(path)))
         except FileNotFoundError:
             return None
 
     def adopt(self, path: str, local: Path) -> None:
         """Move a finished local file here as one object, replacing any."""
-        with self._explained("write", path):
+        with self.explained("write", path):
             if not self.is_local:
                 self.fs.put_file(str(local), self.at(path))
                 local.unlink()
@@ -157,7 +175,7 @@ class Storage:
 
     def fetch(self, path: str, local: Path) -> None:
         """Copy an object to a local file."""
-        with self._explained("fetch", path):
+        with self.explained("fetch", path):
             self.fs.get_file(self.at(path), str(local))
 
     def _write_temporary(self, path: str, data: bytes) -> Path:
@@ -175,7 +193,8 @@ class Storage:
         return Path(file.name)
 
     @contextlib.contextmanager
-    def _explained(self, action: str, path: str) -> Iterator[None]:
+    def explained(self, action: str, path: str) -> Iterator[None]:
+        """Turn what goes wrong in a block into FileNotFoundError or StorageError, naming the path."""
         try:
             yield
         except FileNotFoundError as error:
@@ -192,37 +211,6 @@ class Storage:
             raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check endpoint and credentials") from error
 
 
-def list_files(uri: str, store: StoreConfig) -> list[FileInfo]:
-    """Every regular file at a URI (file, folder with all below it, or glob), sorted by URI, hidden ones left out.
-
-    Hidden: a name or folder below the URI that starts with ``.`` or ``_`` (``_SUCCESS``, ``_temporary``, ``.crc``).
-    Raises ConfigError when nothing is there, naming the nearest folder that exists.
-    """
-    storage = Storage(uri, store)
-    root = storage.uri
-    with storage._explained("list", ""):
-        if any(mark in root for mark in "*[") and not storage.fs.exists(root):
-            found = storage.fs.glob(root, detail=True)
-            base = re.split(r"[*\[]", root, maxsplit=1)[0].rpartition("/")[0]
-        else:
-            found = storage.fs.find(root, detail=True)
-            base = root.rpartition("/")[0] if [_strip_scheme(root)] == [_strip_scheme(name) for name in found] else root
-    prefix = _strip_scheme(base).rstrip("/") + "/"
-    files = [
-        FileInfo(_full_uri(name, storage), int(info["size"]), _stamp(name, info, storage))
-        for name, info in sorted(found.items())
-        if info["type"] == "file" and not _is_hidden(name.removeprefix(prefix))
-    ]
-    if not files:
-        raise ConfigError(f"{uri}: no input files there; {_nearest(storage, root)}")
-    return files
-
-
-def content_hash(file: FileInfo) -> str:
-    """Identity of a file's bytes: its etag, on local disk their SHA-256."""
-    return file.stamp if uri_scheme(file.uri) != "file" else sha256_file(Path(file.uri))
-
-
 def uri_scheme(uri: str) -> str:
     """The scheme of a URI (``file`` for plain paths); raises ConfigError on one that is not allowed or is chained."""
     if "::" in uri:
@@ -234,7 +222,9 @@ def uri_scheme(uri: str) -> str:
 
 
 def _s3_options(s3: S3Config) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+    from pipeline import retries  # imports s3fs
+
+    options = retries.install()
     if s3.endpoint_url:
         options["endpoint_url"] = s3.endpoint_url
     if s3.region:
@@ -244,32 +234,16 @@ def _s3_options(s3: S3Config) -> dict[str, Any]:
     return options
 
 
-def _strip_scheme(uri: str) -> str:
+def strip_scheme(uri: str) -> str:
+    """A URI's path with its bucket."""
     return uri.split("://", 1)[1] if "://" in uri else uri
 
 
-def _full_uri(name: str, storage: Storage) -> str:
-    return name if storage.is_local else f"{uri_scheme(storage.uri)}://{name.lstrip('/')}"
-
-
-def _stamp(name: str, info: dict[str, Any], storage: Storage) -> str:
-    if storage.is_local:
-        return str(Path(name).stat().st_mtime_ns)
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("content_settings", {}).get("content_md5")
-    return str(etag or info.get("created", "")).strip('"')
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.split("/"))
-
-
-def _nearest(storage: Storage, root: str) -> str:
-    folder = root
-    while "/" in _strip_scheme(folder).strip("/"):
-        folder = folder.rpartition("/")[0]
-        if storage.fs.exists(folder):
-            return f"the nearest folder that exists is {folder}"
-    return "check the path"
+def _modified(info: dict[str, Any]) -> float:
+    names = ("LastModified", "mtime", "updated", "last_modified", "created")
+    value = next((info[name] for name in names if info.get(name) is not None), 0.0)
+    value = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ a batch is sent while the last one is computed, and vectors are fetched once per
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,12 +22,9 @@ from sentence_transformers import SentenceTransformer
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from pipeline.batching import Lengths, Tokens, pad, run_within
+from pipeline.batching import Lengths, Tokens, Vectors, pad, run_within
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder
-
-Vectors = npt.NDArray[np.float32]
-"""(n, dim), rows of length 1."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_WIDTH_MULTIPLE = 8
@@ -41,10 +37,16 @@ class TorchEngine:
     """A loaded model. Not safe for concurrent calls."""
 
     def __init__(self, spec: EncoderSpec, folder: ModelFolder, precision: str = "fp32") -> None:
-        """``precision``: of the weights of the first module, which is all but pooling and heads."""
-        self.on_gpu = on_gpu()
-        self.budget = 0
+        """``precision``: of the weights of the first module, which is all but pooling and heads.
+
+        Raises EncoderError for a model that cannot be loaded, MemoryError for one that the GPU has no room for.
+        """
+        self.on_gpu = has_cuda()
+        self.budget = 1
         """Padded tokens per batch; set by the caller, halved for good when the GPU runs out of memory."""
+        self.padded_tokens = 0
+        """Tokens that went through the model so far, with padding."""
+        self._precision = precision
         self._device = torch.device("cuda" if self.on_gpu else "cpu")
         self._dim = spec.dim
         flash = self.on_gpu and precision != "fp32" and is_flash_attn_2_available()
@@ -54,7 +56,8 @@ class TorchEngine:
             self._model.max_seq_length = spec.max_tokens
         self.pad_id = 0 if self._static else int(self._model.tokenizer.pad_token_id or 0)
         self._parts = list(self._model.children())
-        self._parts[0].to(DTYPES[precision])
+        for weights in self._parts[0].parameters():  # not the buffers: rotary frequencies in 16 bits garble long texts
+            weights.data = weights.data.to(DTYPES[precision])
         self._packs = getattr(self._parts[0], "can_flatten_inputs", False)
 
     def token_ids(self, text: str) -> list[int]:
@@ -83,6 +86,10 @@ class TorchEngine:
             found: Vectors = torch.cat([lost if part is None else part for part in parts]).cpu().numpy()
         return found
 
+    def matmul_rate(self) -> float:
+        """FLOP/s of a large square matrix product on this device in the engine's precision, the best of several."""
+        return matmul_rate(self._precision)
+
     def as_function(self, example: Sequence[Tokens], *, int8: bool) -> tuple[Any, tuple[Any, Any]]:
         """The whole model as a module of (ids, mask) -> vectors, not normalised, and tensors to trace it with.
 
@@ -96,12 +103,13 @@ class TorchEngine:
     def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
         shape = self._flat if self._static else self._packed if self._packs else self._rectangle
         features = shape(batch)
+        self.padded_tokens += features["input_ids"].numel()
         if prompt_tokens:
             features["prompt_length"] = prompt_tokens
         first, *rest = self._parts
         features = first(features)
-        if "token_embeddings" in features:
-            features["token_embeddings"] = features["token_embeddings"].float()
+        for name in {"token_embeddings", "sentence_embedding"} & features.keys():
+            features[name] = features[name].float()
         for module in rest:
             features = module(features)
         return torch.nn.functional.normalize(features["sentence_embedding"][:, : self._dim].float(), dim=1)
@@ -111,20 +119,28 @@ class TorchEngine:
         return {"input_ids": self._send(ids), "attention_mask": self._send(mask)}
 
     def _packed(self, batch: Sequence[Tokens]) -> dict[str, Any]:
-        """One row of all texts without padding, as flash attention takes it; collated as sentence-transformers does."""
-        first = self._parts[0]
-        features = dict(first.data_collator([{"input_ids": list(ids)} for ids in batch]))
-        features.pop("labels")
-        features["position_ids"] = features["position_ids"] + first._flatten_position_offset
-        tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
-        return features | {name: value.to(self._device, non_blocking=True) for name, value in tensors.items()}
+        """One row of all texts without padding, with their borders as flash attention takes them."""
+        lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(borders[-1]) - np.repeat(borders[:-1], lengths) + self._parts[0]._flatten_position_offset
+        cumulative = self._send(borders.astype(np.int32))
+        longest = int(lengths.max())
+        return {
+            "input_ids": self._send(np.concatenate(batch).astype(np.int64)[None]),
+            "position_ids": self._send(positions[None]),
+            "seq_idx": self._send(np.repeat(np.arange(len(batch), dtype=np.int32), lengths)[None]),
+            "cu_seq_lens_q": cumulative,
+            "cu_seq_lens_k": cumulative,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
     def _flat(self, batch: Sequence[Tokens]) -> dict[str, Any]:
         starts = np.cumsum([0, *(len(tokens) for tokens in batch[:-1])], dtype=np.int64)
         flat = np.fromiter((token for tokens in batch for token in tokens), dtype=np.int64)
         return {"input_ids": self._send(flat), "offsets": self._send(starts)}
 
-    def _send(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
+    def _send(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self._device, non_blocking=True) if self.on_gpu else tensor
 
@@ -171,8 +187,8 @@ def _quantize_linear(module: Any) -> None:
             _quantize_linear(child)
 
 
-def on_gpu() -> bool:
-    """Whether encoders on this machine have a GPU."""
+def has_cuda() -> bool:
+    """Whether torch sees a GPU."""
     return torch.cuda.is_available()
 
 
@@ -188,7 +204,7 @@ def threads() -> int:
 
 def matmul_rate(precision: str) -> float:
     """FLOP/s of a large square matrix product here, the best of several."""
-    device = "cuda" if on_gpu() else "cpu"
+    device = "cuda" if has_cuda() else "cpu"
     side = GEMM_SIDE[device]
     matrix = torch.ones(side, side, dtype=DTYPES[precision], device=device)
     rates: list[float] = []
@@ -205,13 +221,22 @@ def matmul_rate(precision: str) -> float:
 
 def device_name() -> str:
     """What encodes here, in words."""
-    return torch.cuda.get_device_name() if on_gpu() else f"CPU, {threads()} threads"
+    return torch.cuda.get_device_name() if has_cuda() else f"CPU, {threads()} threads"
 
 
-def load_plain(folder: Path, precision: str) -> Any:
+def load_plain(spec: EncoderSpec, folder: ModelFolder, precision: str) -> Any:
     """A SentenceTransformer as people load it, in ``precision``: what we measure ourselves against."""
-    device = "cuda" if on_gpu() else "cpu"
-    return SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs={"dtype": DTYPES[precision]})
+    model = SentenceTransformer(
+        str(folder.path),
+        device="cuda" if has_cuda() else "cpu",
+        local_files_only=True,
+        trust_remote_code=spec.trust_remote_code,
+        truncate_dim=spec.dim,
+        model_kwargs={"dtype": DTYPES[precision]},
+    )
+    if not folder.is_static:
+        model.max_seq_length = spec.max_tokens
+    return model
 
 
 def _load(path: str, device: torch.device, *, trust_remote_code: bool, flash: bool) -> Any:
@@ -221,9 +246,11 @@ def _load(path: str, device: torch.device, *, trust_remote_code: bool, flash: bo
     try:
         model = SentenceTransformer(
             path, device=str(device), local_files_only=True, trust_remote_code=trust_remote_code, model_kwargs=settings
-        )
+        ).float()
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{path}: no room on the GPU") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if flash:
             return _load(path, device, trust_remote_code=trust_remote_code, flash=False)
         raise EncoderError(f"{path}: cannot be loaded, {' '.join(str(error).split())}; check the model folder") from error
-    return model.eval().float()
+    return model.eval()

@@ -19,7 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from pipeline.config import Config, StoreConfig, parse_config
+from pipeline.config import Config, StoreConfig
+from pipeline.config_file import parse_config
 from pipeline.model import EncoderSpec, ModelFolder, resolve_spec
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"

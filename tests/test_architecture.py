@@ -10,7 +10,7 @@ HOME = Path(__file__).parent.parent
 SOURCES = sorted([*(HOME / "pipeline").rglob("*.py"), *(HOME / "jobs").rglob("*.py")])
 DOORS = {
     "ray": {"stages"},
-    "faiss": {"index"},
+    "faiss": {"index", "index_parts", "clustering"},
     "torch": {"torch_engine"},
     "openvino": {"openvino_engine"},
     "sentence_transformers": {"torch_engine", "encoder_bench"},
@@ -18,7 +18,8 @@ DOORS = {
     "tokenizers": {"tokenizer"},
     "fsspec": {"storage"},
     "ir_measures": {"evaluation"},
-    "yaml": {"config"},
+    "yaml": {"config_file"},
+    "s3fs": {"retries"},
 }
 ENCODER_NEEDS = {
     f"pipeline.{name}"

@@ -8,8 +8,9 @@ import pytest
 from pipeline.config import CorpusConfig, StoreConfig
 from pipeline.corpus import RejectedRow, SourceDocument, choose_files, normalise, read_documents
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats import Slice, count_rows
-from pipeline.storage import list_files
+from pipeline.formats import count_rows
+from pipeline.listing import list_files
+from pipeline.slices import Slice
 from tests.conftest import write_jsonl
 
 ROWS = [{"id": 7, "text": "seven", "lang": "en"}, {"id": "x", "text": "line one\nline two", "lang": None}]

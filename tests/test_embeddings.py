@@ -25,9 +25,9 @@ def part(number, rows):
     st.integers(1, 9),
 )
 def test_plan_takes_each_missing_key_once(numbers, stored, size):
-    parts = [(part(n, len(rows)), keys(sorted(rows))) for n, rows in enumerate(numbers)]
+    parts = [(part(n, len(rows)), keys(sorted(rows)), np.arange(len(rows))) for n, rows in enumerate(numbers)]
     units = plan_embedding(parts, np.unique(keys(stored)), size)
-    by_name = {file.name: part_keys for file, part_keys in parts}
+    by_name = {file.name: part_keys for file, part_keys, _ in parts}
     taken = []
     for unit in units:
         picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
@@ -39,9 +39,14 @@ def test_plan_takes_each_missing_key_once(numbers, stored, size):
 
 
 def test_plan_names_units_by_their_keys_alone():
-    one = plan_embedding([(part(0, 4), keys([1, 2, 3, 4]))], keys([]), 10)
-    two = plan_embedding([(part(7, 2), keys([1, 3])), (part(8, 3), keys([2, 3, 4]))], keys([]), 10)
-    assert [unit.name for unit in one] == [unit.name for unit in two]
+    one = plan_embedding([(part(0, 4), keys([1, 2, 3, 4]), np.arange(4))], keys([]), 10)
+    split = [(part(7, 2), keys([1, 3]), np.arange(2)), (part(8, 3), keys([2, 3, 4]), np.arange(3))]
+    assert [unit.name for unit in one] == [unit.name for unit in plan_embedding(split, keys([]), 10)]
+
+
+def test_plan_leaves_masked_rows_out():
+    (unit,) = plan_embedding([(part(0, 5), keys([1, 4, 5]), np.array([0, 3, 4]))], keys([]), 10)
+    assert (unit.passages, unit.picks[0].runs) == (3, ((0, 1), (3, 5)))
 
 
 @pytest.mark.parametrize(("known", "expected"), [([], [False, False]), ([1], [True, False]), ([0, 1, 2], [True, True])])
@@ -49,7 +54,7 @@ def test_is_among(known, expected):
     assert is_among(keys([1, 2]), np.sort(keys(known))).tolist() == expected
 
 
-@pytest.mark.parametrize("failed", [{}, {1: "not finite"}, {0: "a", 1: "b", 2: "c"}])
+@pytest.mark.parametrize("failed", [{}, {1: "E_A: not finite"}, {0: "E_A: a: b", 1: "E_B: b", 2: "E_C: c"}])
 def test_vectors_and_quarantined_are_the_passages(tmp_path, failed):
     storage = Storage(str(tmp_path))
     vectors = np.eye(3, 8, dtype=np.float32)

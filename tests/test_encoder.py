@@ -13,11 +13,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import DataCollatorWithFlattening
 
 from jobs.demo_corpus import docstrings
-from pipeline.batching import pack_batches, padded_tokens, run_within
+from pipeline.batching import pack_batches, run_within
 from pipeline.encoder import BUDGETS, Encoder, load_query_encoder
 from pipeline.errors import EncoderError
 from pipeline.model import _hash_files, resolve_spec
 from pipeline.numerics import resolve_precision
+from pipeline.torch_engine import TorchEngine
 from tests.conftest import MINILM
 
 ODD = [
@@ -71,6 +72,7 @@ def test_int8_keeps_the_cosine_it_states(texts, reference):
     assert cosine.min() >= 0.98
     tokens = encoder.tokenizer(texts[40:60])
     assert np.allclose(encoder.cosine_to_exact(tokens, vectors[40:60]), cosine[40:60], atol=1e-4)
+    assert encoder.cosine_to_exact([], np.empty((0, encoder.dim), dtype=np.float32)).shape == (0,)
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
@@ -131,6 +133,64 @@ def test_static_model_is_encoded_as_sentence_transformers_does(tmp_path, minilm)
     assert (Encoder(spec).encode_documents(texts) * model.encode(texts)).sum(axis=1).min() > 0.99999
 
 
+def test_static_model_may_have_a_config_and_a_head(tmp_path, minilm):
+    """As model2vec writes them; in bf16, what auto is on CPUs that have it."""
+    from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm[1].path / "tokenizer.json"))
+    modules = [StaticEmbedding(tokenizer, embedding_dim=32), Dense(32, 16)]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    model.save(str(tmp_path / "static"))
+    (tmp_path / "static" / "config.json").write_text(json.dumps({"model_type": "model2vec", "hidden_dim": 32}))
+    texts = ["one text", "another, longer text " * 30, "a"]
+    vectors = Encoder(resolve_spec(model=str(tmp_path / "static"), precision="bf16")[0]).encode_documents(texts)
+    assert (vectors * model.encode(texts, normalize_embeddings=True)).sum(axis=1).min() > 0.9999
+
+
+def test_rotary_positions_keep_their_precision(tmp_path, minilm):
+    """Frequencies in bf16 would turn the positions of a long text by radians."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm[1].path))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = ModernBertConfig(vocab_size=len(tokenizer), pad_token_id=0, max_position_embeddings=2048, **sizes)
+    ModernBertModel(config).save_pretrained(str(tmp_path / "bare"))
+    tokenizer.save_pretrained(str(tmp_path / "bare"))
+    first = Transformer(str(tmp_path / "bare"), max_seq_length=2048)
+    model = SentenceTransformer(modules=[first, Pooling(64, "mean")], device="cpu")
+    model.save(str(tmp_path / "m"))
+    encoder = Encoder(resolve_spec(model=str(tmp_path / "m"), precision="bf16")[0])
+    theirs, ours = dict(first.named_buffers()), dict(encoder._engine._parts[0].named_buffers())
+    assert sum("inv_freq" in name for name in ours) >= 1
+    assert all(torch.equal(buffer, theirs[name]) and buffer.dtype == theirs[name].dtype for name, buffer in ours.items())
+    texts = ["sea harbour ship sand " * 350, "sand"]
+    assert (encoder.encode_documents(texts) * model.encode(texts, normalize_embeddings=True)).sum(axis=1).min() > 0.999
+
+
+@pytest.mark.parametrize("when", ["load", "run"])
+def test_text_that_fits_nowhere_is_among_the_failed(minilm, monkeypatch, when):
+    encoder = Encoder(minilm[0])
+    tokens = encoder.tokenizer(["one", "x " * 200, "two words"])
+
+    def forward(engine, batch, prompt_tokens, real=TorchEngine._forward):
+        if max(len(ids) for ids in batch) > 100:
+            raise torch.OutOfMemoryError
+        return real(engine, batch, prompt_tokens)
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(TorchEngine, "_forward", forward)
+    if when == "load":
+        monkeypatch.setattr("pipeline.torch_engine.SentenceTransformer", full)
+    encoded = encoder.encode_tokens(tokens)
+    assert list(encoded.failed) == [1]
+    assert np.isfinite(encoded.vectors[[0, 2]]).all()
+
+
 def test_broken_weights_are_one_clear_error(tmp_path, minilm):
     shutil.copytree(minilm[1].path, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
@@ -170,6 +230,7 @@ def test_poisoned_text_is_rescued_and_harms_no_neighbour(precision):
     weights.data[encoder.tokenizer(["zebra"])[0][1]] = float("nan")
     after = encoder.encode_documents(texts)
     assert (before * after).sum(axis=1).min() > 0.999
+    assert encoder.encode_tokens(encoder.tokenizer(texts)).rescued == 2
 
 
 def test_text_without_a_finite_vector_is_named(tmp_path, minilm):
@@ -182,7 +243,7 @@ def test_text_without_a_finite_vector_is_named(tmp_path, minilm):
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     for backend in ("torch", "openvino"):
         encoder = Encoder(resolve_spec(model=str(tmp_path / "m"), backend=backend)[0])
-        with pytest.raises(EncoderError, match=r"text 1 of 3 has no vector, 3 tokens, .*not finite"):
+        with pytest.raises(EncoderError, match=r"text 1 of 3 has no vector, E_NONFINITE: 3 tokens, .*not finite"):
             encoder.encode_documents(["good", "zebra", "fine"])
         encoded = encoder.encode_tokens(encoder.tokenizer(["good", "zebra", "fine"]))
         assert list(encoded.failed) == [1]
@@ -199,12 +260,11 @@ def test_dim_is_that_of_truncate_dim(minilm, backend):
     assert (vectors * model.encode(texts, normalize_embeddings=True)).sum(axis=1).min() > 0.99999
 
 
-@pytest.mark.parametrize("serving", [False, True])
-def test_query_model_encodes_the_queries(tmp_path, minilm, serving):
+def test_query_model_encodes_the_queries(tmp_path, minilm):
     shutil.copytree(minilm[1].path, tmp_path / "q")
     spec, _ = resolve_spec(model=MINILM, query_model=str(tmp_path / "q"), query_prompt="find: ")
     other = replace(minilm[0], query_prompt="find: ")
-    vector = load_query_encoder(spec, serving=serving).encode_queries(["a harbour"])
+    vector = load_query_encoder(spec).encode_queries(["a harbour"])
     assert (vector * Encoder(other).encode_queries(["a harbour"])).sum() > 0.999
     (tmp_path / "q" / "vocab.txt").write_text("another\n")
     _hash_files.cache_clear()
@@ -228,9 +288,54 @@ def test_texts_are_packed_as_sentence_transformers_packs_them(minilm):
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vecmill" / "graphs"
+
+
+def test_traced_model_is_kept_and_needs_no_torch_again(minilm, cache):
+    spec = replace(minilm[0], backend="openvino")
+    before = Encoder(spec).encode_documents(["a text", "b " * 90])
+    script = (
+        "import json, sys; from pipeline.encoder import Encoder; from pipeline.model import EncoderSpec\n"
+        "encoder = Encoder(EncoderSpec(**json.loads(sys.argv[1])))\n"
+        "vectors = encoder.encode_documents(['a text', 'b ' * 90])\n"
+        "assert encoder.matmul_rate() > 1e9 and encoder.flops_per_token\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(json.dumps(vectors.tolist()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(spec.as_dict())], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(before, json.loads(done.stdout), atol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["model.bin", "model.xml", "facts.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: bytes(len(data)), lambda data: b""])
+def test_damaged_traced_model_is_made_again(minilm, cache, file, damage):
+    spec = replace(minilm[0], backend="openvino")
+    before = Encoder(spec).encode_documents(["a text"])
+    (kept,) = cache.iterdir()
+    damaged = damage((kept / file).read_bytes())
+    (kept / file).write_bytes(damaged)
+    assert np.allclose(before, Encoder(spec).encode_documents(["a text"]), atol=1e-5)
+    assert (kept / file).read_bytes() != damaged
+    assert list(cache.iterdir()) == [kept]
+
+
+def test_cache_that_cannot_be_written_costs_only_time(minilm, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert Encoder(replace(minilm[0], backend="openvino")).encode_documents(["a"]).shape == (1, 384)
+
+
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
-def test_calibration_chooses_a_budget_and_changes_no_vector(minilm, backend):
-    encoder = Encoder(replace(minilm[0], backend=backend))
+def test_calibration_chooses_a_budget_and_changes_no_vector(minilm, backend, monkeypatch):
+    encoder = Encoder(replace(minilm[0], backend=backend), batch_tokens=77)
+    rate = encoder._rate
+    monkeypatch.setattr(encoder, "_rate", lambda sample: max(rate(sample), 5000.0))  # a busy machine may seem too slow
     before = encoder.encode_documents(["a text", "b " * 90])
     encoder.calibrate()
     assert encoder.batch_tokens in BUDGETS["cpu"]
@@ -248,7 +353,6 @@ def test_encoded_counts_real_and_padded_tokens(minilm):
     encoder = Encoder(minilm[0], batch_tokens=16)
     encoded = encoder.encode_tokens([[101, 7592, 102], [101, 102], [101, 7592, 7592, 7592, 102]])
     assert (encoded.tokens, encoded.padded_tokens, encoded.failed) == (10, 15, {})
-    assert padded_tokens(np.array([5, 3, 2]), 10) == 10 + 2
     assert encoder.flops_per_token == 6 * 2 * (4 * 384 * 384 + 2 * 384 * 1536)
 
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from pipeline import index
+from pipeline import index, index_parts
 from pipeline.config import IndexConfig
 from pipeline.errors import ConfigError, VerificationError
+from pipeline.index_plan import choose, code_bytes, index_bytes
 
 
 def unit_vectors(count, dim=64, seed=0):
@@ -19,62 +20,145 @@ def vectors():
     return unit_vectors(12_000)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "opq"])
+KINDS = {
+    "ivfpq": IndexConfig(kind="ivfpq", nlist=64, m=16),
+    "opq": IndexConfig(kind="ivfpq", nlist=64, m=16, opq=True),
+    "ivfpqfs": IndexConfig(kind="ivfpqfs", nlist=64),
+    "ivfrabitq": IndexConfig(kind="ivfrabitq", nlist=64),
+    "ivfsq8": IndexConfig(kind="ivfsq8", nlist=64),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def trained(request, vectors):
-    plan = index.choose(IndexConfig(kind="ivfpq", nlist=64, m=16, opq=request.param), len(vectors), 64)
-    return index.train(plan, vectors, seed=1)
+    plan = choose(KINDS[request.param], len(vectors), 64)
+    return plan.kind, index.train(plan, vectors, seed=1)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 7])
-def test_merged_index_answers_as_a_one_shot_index(vectors, trained, shards):
-    one_shot = index.load_trained(trained)
+def opened(tmp_path, made, count, *, name="index.faiss"):
+    index.write(made, tmp_path / name)
+    return index_parts.Parts([(tmp_path / name, 0, count)], 64, mapped=index.can_be_mapped(made))
+
+
+def same_answers(found, expected):
+    """Equal scores, and equal ids but for neighbours of equal score, which fast scan's 8-bit tables make many."""
+    (scores, ids), (expected_scores, expected_ids) = found, expected
+    assert np.isclose(scores, expected_scores, rtol=0, atol=1e-6).mean() >= 0.999
+    tied = np.isclose(np.diff(scores, axis=1, prepend=np.inf), 0, atol=1e-6)
+    tied |= np.isclose(np.diff(scores, axis=1, append=-np.inf), 0, atol=1e-6) | (scores == scores[:, -1:])
+    assert ((ids == expected_ids) | tied).mean() >= 0.999
+
+
+@pytest.mark.parametrize("shards", [1, 7])
+def test_merged_index_answers_as_a_one_shot_index(tmp_path, vectors, trained, shards):
+    kind, data = trained
+    one_shot = index.load_trained(data)
     one_shot.add(vectors)
+    one_shot = opened(tmp_path, index._packed(one_shot, kind), len(vectors), name="one")
     parts = np.array_split(np.random.default_rng(3).permutation(len(vectors)), shards)
-    codes = ((index.encode(index.load_trained(trained), vectors[part], "shard"), part) for part in parts)
-    merged = index.merge(index.load_trained(trained), codes)
+    encoder = index.Trained(data)
+    merged = index.merge(data, kind, ((encoder.encode(vectors[part], "shard"), part) for part in parts))
     assert merged.ntotal == len(vectors)
-    queries = unit_vectors(500, seed=9)
+    merged = opened(tmp_path, merged, len(vectors))
+    queries = unit_vectors(300, seed=9)
     for nprobe in (1, 8, 64):
-        scores, ids = index.search(one_shot, queries, 10, nprobe)
-        merged_scores, merged_ids = index.search(merged, queries, 10, nprobe)
-        assert (ids == merged_ids).mean() >= 0.999
-        assert (scores == merged_scores).mean() >= 0.999
+        same_answers(merged.search(queries, 10, nprobe), one_shot.search(queries, 10, nprobe))
 
 
-def test_merge_leaves_dead_rows_out(vectors, trained):
+def test_parts_answer_as_one(tmp_path, vectors, trained):
+    kind, data = trained
+    codes = index.Trained(data).encode(vectors, "shard")
+    whole = opened(tmp_path, index.merge(data, kind, [(codes, np.arange(len(vectors)))]), len(vectors))
+    files = []
+    for first, end in ((0, 1), (1, 5000), (5000, 12_000)):
+        made = index.merge(data, kind, [(codes[first:end], np.arange(first, end))])
+        index.write(made, tmp_path / f"{first}.faiss")
+        files.append((tmp_path / f"{first}.faiss", first, end - first))
+    parts = index_parts.Parts(files, 64)
+    queries = unit_vectors(300, seed=9)
+    for nprobe in (1, 8, 64):
+        same_answers(parts.search(queries, 10, nprobe), whole.search(queries, 10, nprobe))
+    assert parts.lists == whole.lists == 64
+
+
+def test_flat_parts_answer_as_one(tmp_path, vectors):
+    halves = vectors.astype(np.float16)
+    files = []
+    for first, end in ((0, 1), (1, 300), (300, 500)):
+        index.write(index.build(None, halves, range(first, end)), tmp_path / f"{first}.faiss")
+        files.append((tmp_path / f"{first}.faiss", first, end - first))
+    whole = opened(tmp_path, index.build(None, halves, range(500)), 500)
+    for k in (10, 600):  # more than there are
+        scores, ids = index_parts.Parts(files, 64).search(vectors[:20], k, 0)
+        expected_scores, expected = whole.search(vectors[:20], k, 0)
+        assert (ids == expected).all()
+        assert np.allclose(scores[ids >= 0], expected_scores[expected >= 0], atol=1e-6)
+
+
+def test_a_factory_string_builds_what_faiss_knows(tmp_path, vectors):
+    plan = choose(IndexConfig(factory="HNSW8"), len(vectors), 64)
+    assert (plan.kind, plan.factory) == ("factory", "HNSW8")
+    made = index.build(index.train(plan, vectors, seed=1), vectors.astype(np.float16), range(2000))
+    _, found = opened(tmp_path, made, 2000).search(vectors[:50], 5, 0)
+    assert (found[:, 0] == np.arange(50)).mean() > 0.9
+    with pytest.raises(ConfigError, match=r"index\.factory: IVFnonsense"):
+        index.train(choose(IndexConfig(factory="IVFnonsense"), 10, 64), vectors, seed=1)
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "PCA32,IVF16,SQ8", "IVF16,Flat"])
+def test_an_inverted_file_of_a_factory_in_parts_answers_as_one(tmp_path, vectors, factory):
+    halves = vectors.astype(np.float16)
+    data = index.train(choose(IndexConfig(factory=factory), len(vectors), 64), vectors, seed=1)
+    files = []
+    for first, end in ((0, 700), (700, 2000)):
+        index.write(index.build(data, halves, range(first, end)), tmp_path / f"{first}.faiss")
+        files.append((tmp_path / f"{first}.faiss", first, end - first))
+    whole = opened(tmp_path, index.build(data, halves, range(2000)), 2000)
+    cut = index_parts.Parts(files, 64)
+    same_answers(cut.search(vectors[:20], 10, 8), whole.search(vectors[:20], 10, 8))
+    assert (cut.contents(np.arange(0))[0] == 1).all()
+
+
+def test_merge_leaves_dead_rows_out(tmp_path, vectors, trained):
+    kind, data = trained
     ordinals = np.arange(len(vectors))
     ordinals[::3] = -1
-    merged = index.merge(index.load_trained(trained), [(index.encode(index.load_trained(trained), vectors, "s"), ordinals)])
+    merged = index.merge(data, kind, [(index.Trained(data).encode(vectors, "s"), ordinals)])
     assert merged.ntotal == (ordinals >= 0).sum()
-    _, found = index.search(merged, vectors[:50], 20, 64)
+    _, found = opened(tmp_path, merged, merged.ntotal).search(vectors[:50], 20, 64)
     assert not set(found.ravel().tolist()) & set(range(0, len(vectors), 3))
 
 
+def test_many_tiny_shards_empty_lists_and_large_k(tmp_path, vectors, trained):
+    kind, data = trained
+    encoder = index.Trained(data)
+    shards = [(encoder.encode(vectors[row : row + 1], "s"), np.array([row])) for row in range(50)]
+    merged = opened(tmp_path, index.merge(data, kind, shards), 50)
+    scores, found = merged.search(vectors[:5], 100, 64)
+    assert sorted(found[0][found[0] >= 0].tolist()) == list(range(50))
+    assert scores.shape == found.shape == (5, 100)
+
+
 def test_training_is_seeded(vectors):
-    plan = index.choose(IndexConfig(kind="ivfpq", nlist=16, m=8), len(vectors), 64)
+    plan = choose(IndexConfig(kind="ivfpq", nlist=16, m=8), len(vectors), 64)
     assert index.train(plan, vectors, seed=5) == index.train(plan, vectors, seed=5)
     assert index.train(plan, vectors, seed=5) != index.train(plan, vectors, seed=6)
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
-def test_written_index_opens_with_plain_faiss(tmp_path, vectors, trained, kind):
+def test_written_index_opens_with_plain_faiss(tmp_path, vectors, trained):
     import faiss
 
-    made = index.flat(vectors.astype(np.float16))
-    if kind == "ivfpq":
-        made = index.merge(
-            index.load_trained(trained), [(index.encode(index.load_trained(trained), vectors, "s"), np.arange(len(vectors)))]
-        )
-    index.write(made, tmp_path / "index.faiss")
+    kind, data = trained
+    made = index.merge(data, kind, [(index.Trained(data).encode(vectors, "s"), np.arange(len(vectors)))])
+    mapped = opened(tmp_path, made, len(vectors))
     plain = faiss.read_index(str(tmp_path / "index.faiss"))
-    opened = index.read(tmp_path / "index.faiss", dim=64, ntotal=len(vectors))
-    assert plain.ntotal == opened.ntotal == len(vectors)
-    assert (plain.search(vectors[:9], 3)[1] == index.search(opened, vectors[:9], 3, 1)[1]).all()
+    assert plain.ntotal == len(vectors)
+    same_answers(plain.search(vectors[:99], 3), mapped.search(vectors[:99], 3, 1))
     with pytest.raises(VerificationError, match="the manifest says"):
-        index.read(tmp_path / "index.faiss", dim=64, ntotal=5)
-    (tmp_path / "index.faiss").write_bytes(b"garbage")
+        index_parts.Parts([(tmp_path / "index.faiss", 0, 5)], 64)
+    (tmp_path / "garbage.faiss").write_bytes(b"garbage")
     with pytest.raises(VerificationError, match="not readable by FAISS"):
-        index.read(tmp_path / "index.faiss", dim=64, ntotal=5)
+        index_parts.Parts([(tmp_path / "garbage.faiss", 0, 5)], 64)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +166,11 @@ def test_written_index_opens_with_plain_faiss(tmp_path, vectors, trained, kind):
     [
         (1, {}, "flat", 0, "under 9984"),
         (9_983, {}, "flat", 0, "under 9984"),
-        (9_984, {}, "ivfpq", 256, "9984 passages"),
-        (1_000_000, {}, "ivfpq", 4096, "1000000 passages"),
+        (9_984, {}, "ivfpqfs", 256, "9984 passages"),
+        (1_000_000, {}, "ivfpqfs", 4096, "1000000 passages"),
+        (10, {"kind": "ivfpqfs"}, "flat", 0, "fewer than the 16 centroids"),
+        (300, {"kind": "ivfrabitq"}, "ivfrabitq", 4, "nlist shrunk"),
+        (300, {"kind": "ivfsq8"}, "ivfsq8", 4, "nlist shrunk"),
         (10, {"kind": "ivfpq"}, "flat", 0, "fewer than the 256 centroids"),
         (300, {"kind": "ivfpq"}, "ivfpq", 4, "nlist shrunk from 64 to 4"),
         (300, {"kind": "ivfpq", "nlist": 100}, "ivfpq", 7, "nlist shrunk from 100 to 7"),
@@ -92,7 +179,7 @@ def test_written_index_opens_with_plain_faiss(tmp_path, vectors, trained, kind):
     ],
 )
 def test_choose_fits_the_corpus_and_says_why(passages, request_, kind, nlist, why):
-    plan = index.choose(IndexConfig(**request_), passages, 384)
+    plan = choose(IndexConfig(**request_), passages, 384)
     assert (plan.kind, plan.nlist) == (kind, nlist)
     assert why in plan.why
     assert plan.train_vectors <= max(passages, 256)
@@ -100,13 +187,67 @@ def test_choose_fits_the_corpus_and_says_why(passages, request_, kind, nlist, wh
 
 def test_choose_names_the_m_that_fit():
     with pytest.raises(ConfigError, match=r"dim 384 cannot be cut into 50 parts; choose one of \[32, 48, 64, 96\]"):
-        index.choose(IndexConfig(m=50), 10, 384)
+        choose(IndexConfig(m=50), 10, 384)
+
+
+@pytest.mark.parametrize(
+    ("dim", "request_", "m", "total"),
+    [
+        (384, {}, 96, 56),
+        (256, {}, 128, 72),
+        (768, {}, 96, 56),
+        (1024, {}, 128, 72),
+        (384, {"max_bytes_per_vector": 200}, 192, 104),
+        (384, {"max_bytes_per_vector": 20}, 24, 20),
+        (384, {"kind": "ivfpq"}, 48, 56),
+        (384, {"kind": "ivfrabitq"}, 0, 64),
+        (384, {"kind": "ivfsq8"}, 0, 392),
+    ],
+)
+def test_codes_fit_the_bytes_that_are_allowed(dim, request_, m, total):
+    plan = choose(IndexConfig(**request_), 10**6, dim)
+    assert plan.m == m
+    assert code_bytes(plan.kind, dim, plan.m, plan.nbits) + 8 == total
+    assert index_bytes(plan, 10**9, dim) == pytest.approx(total * 10**9, rel=0.05)
+
+
+def test_a_kind_over_the_allowed_bytes_is_refused():
+    with pytest.raises(ConfigError, match="ivfsq8 needs 384 bytes for the code and 8 for the id, the limit is 100"):
+        choose(IndexConfig(kind="ivfsq8", max_bytes_per_vector=100), 10**6, 384)
+    with pytest.raises(ConfigError, match="fast scan has 4 bits, not 8"):
+        choose(IndexConfig(kind="ivfpqfs", nbits=8), 10**6, 384)
 
 
 def test_non_finite_vectors_are_refused_by_name(vectors, trained):
     bad = vectors[:20].copy()
     bad[7, 3] = np.nan
     with pytest.raises(VerificationError, match=r"shard-x: row 7 is not finite"):
-        index.encode(index.load_trained(trained), bad, "shard-x")
+        index.Trained(trained[1]).encode(bad, "shard-x")
     with pytest.raises(VerificationError, match="32 dimensions, the trained index has 64"):
-        index.encode(index.load_trained(trained), np.zeros((2, 32), np.float32), "shard-y")
+        index.Trained(trained[1]).encode(np.zeros((2, 32), np.float32), "shard-y")
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_contents_are_the_codes_that_were_merged(tmp_path, vectors, trained, parts):
+    kind, data = trained
+    codes = index.Trained(data).encode(vectors, "vectors")
+    cuts = np.array_split(np.arange(len(vectors)), parts)
+    files = []
+    for number, cut in enumerate(cuts):
+        index.write(index.merge(data, kind, [(codes[cut], cut)]), tmp_path / str(number))
+        files.append((tmp_path / str(number), int(cut[0]), len(cut)))
+    sample = np.arange(5, len(vectors), 97)
+    times, found = index_parts.Parts(files, 64).contents(sample)
+    assert (times == 1).all()
+    assert len(times) == len(vectors)
+    assert (found == codes[sample]).all()
+
+
+def test_contents_tell_what_is_there_twice_or_not_at_all(tmp_path, vectors, trained):
+    kind, data = trained
+    codes = index.Trained(data).encode(vectors[:100], "vectors")
+    ordinals = np.arange(100)
+    ordinals[40] = 41
+    made = opened(tmp_path, index.merge(data, kind, [(codes, ordinals)]), 100)
+    times, _ = made.contents(np.arange(0))
+    assert (times[39], times[40], times[41]) == (1, 0, 2)

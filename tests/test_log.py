@@ -6,13 +6,15 @@ import pytest
 from pipeline import layout
 from pipeline.errors import LockedError, VerificationError
 from pipeline.log import Log, LogEntry, writing
-from pipeline.manifest import to_bytes
+from pipeline.manifest import FORMAT, to_bytes
 from pipeline.storage import Storage
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
+@pytest.fixture(params=["local", "s3"])
+def storage(request, tmp_path):
+    if request.param == "local":
+        return Storage(str(tmp_path))
+    return Storage(f"s3://test/{tmp_path.name}-log", request.getfixturevalue("s3").store_config)
 
 
 def kinds(storage):
@@ -92,6 +94,31 @@ def test_many_writers_at_once_take_turns_or_are_refused(storage):
 
 
 def test_damaged_entry_is_an_error_naming_the_file(storage):
-    storage.put(layout.log_entry(0), b'{"format": 2}')
-    with pytest.raises(VerificationError, match=r"000000000000\.json: not a LogEntry of format 1"):
-        Log(storage).refresh()
+    storage.put(layout.log_entry(0), b'{"format": 999}')
+    with pytest.raises(VerificationError, match=rf"000000000000\.json: not a LogEntry of format {FORMAT}"):
+        _ = Log(storage).refresh().live
+
+
+def test_a_missing_entry_is_an_error_only_for_who_needs_it(storage):
+    for number in range(3):
+        with writing(storage, f"run{number}", 30) as lease:
+            lease.commit(f"a{number}", "hash")
+    storage.delete(layout.log_entry(1))
+    assert Log(storage).refresh().live.artifact == "a2"
+    assert Log(storage).refresh().next == 9
+    with pytest.raises(VerificationError, match=r"000000000001\.json: missing, later entries are there; restore log/"):
+        kinds(storage)
+
+
+def test_a_paused_holder_that_wakes_up_cannot_commit(storage):
+    with writing(storage, "paused", 0.5) as lease:
+        lease._stop.set()  # SIGSTOP: no heartbeat any more
+        lease._thread.join()
+        with writing(storage, "next", 0.5) as taken:
+            with pytest.raises(LockedError, match=r"run paused lost the root to .*run next"):
+                lease.commit("mine", "hash")
+            taken.commit("theirs", "hash")
+        with pytest.raises(LockedError, match="run paused lost the root to a writer that has ended since"):
+            lease.commit("mine", "hash")
+    assert Log(storage).refresh().live.artifact == "theirs"
+    assert kinds(storage) == ["acquire", "acquire", "commit", "release"]

@@ -136,6 +136,22 @@ def test_code_of_a_model_needs_a_pinned_commit():
     assert resolve_spec(model=MINILM, revision="a" * 40, trust_remote_code=True)[0].trust_remote_code
 
 
+def test_code_of_another_repository_is_not_pinned_and_refused(tmp_path, minilm):
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "some/code--modeling.Model"}}))
+    with pytest.raises(EncoderError, match=r"some/code--modeling\.Model is code of another repository"):
+        resolve_spec(model=str(tmp_path / "m"), revision="a" * 40, trust_remote_code=True)
+
+
+def test_prompt_for_documents_is_found_as_sentence_transformers_finds_it(tmp_path, minilm):
+    shutil.copytree(minilm[1].path, tmp_path / "m")
+    settings = tmp_path / "m" / "config_sentence_transformers.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"prompts": {"query": "q: ", "passage": "p: "}}))
+    spec, _ = resolve_spec(model=str(tmp_path / "m"))
+    assert (spec.query_prompt, spec.document_prompt) == ("q: ", "p: ")
+
+
 def test_query_model_must_have_the_dimension_of_the_model(tmp_path, minilm):
     shutil.copytree(minilm[1].path, tmp_path / "m")
     pooling = tmp_path / "m" / "1_Pooling" / "config.json"

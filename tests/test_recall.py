@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from pipeline import recall
-from pipeline.manifest import OperatingPoint
 from pipeline.shards import KEY_DTYPE
 
 
@@ -67,24 +66,3 @@ def test_tiny_corpora_train_and_ask_with_everything(count):
     few = keys(count)
     assert recall.held_out(few, 1000, 1).tolist() == list(range(count))
     assert len(recall.training_sample(few, 1000, 1, recall.held_out(few, 1000, 1))) == count
-
-
-def test_choose_point_stops_at_the_target_and_keeps_the_best(vectors):
-    truth = recall.ground_truth(vectors, vectors[:200].astype(np.float32), np.arange(200), 10)
-
-    def search(queries, k, nprobe, rescoring):
-        scores, ordinals = recall.exact_search(vectors[: 10_000 * nprobe], queries, k)
-        return scores, ordinals
-
-    point, found, points = recall.choose_point(search, vectors, truth, iter([(1, 0), (4, 0), (7, 0), (9, 0)]), 0.99)
-    assert (point.nprobe, point.recall, len(points)) == (7, 1.0, 3)
-    assert found.queries == 200
-    worse, _, _ = recall.choose_point(search, vectors, truth, iter([(4, 0), (1, 0)]), 0.99)
-    assert worse.nprobe == 4
-    assert isinstance(worse, OperatingPoint)
-    assert worse.recall == pytest.approx(4 / 7, abs=0.05)
-
-
-def test_settings_to_try_are_cheap_first_and_reach_every_list():
-    assert list(recall.settings_to_try(0)) == [(0, 0)]
-    assert list(recall.settings_to_try(6))[:4] == [(1, 10), (2, 10), (4, 10), (6, 10)]

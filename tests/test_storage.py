@@ -3,7 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import Storage, content_hash, list_files, uri_scheme
+from pipeline.listing import content_hash, list_files
+from pipeline.storage import Storage, uri_scheme
 
 NAMES = ["plain", "with space", "per%cent", "hash#tag", "question?", "ünïcode", "a+b=c&d", "quote'\""]
 
@@ -76,11 +77,12 @@ def test_names_survive_the_round_trip(storage, name):
     assert Storage(folder, storage._store).read(base) == b"content"
 
 
-def test_list_files_leaves_hidden_files_out_and_takes_files_and_globs(storage):
+def test_list_files_tells_hidden_files_and_takes_files_and_globs(storage):
     for path in ("c/a.txt", "c/deep/b.txt", "c/_SUCCESS", "c/.a.crc", "c/_temporary/x.txt"):
         storage.put(path, b"x")
-    found = [file.uri.removeprefix(storage.uri) for file in list_files(storage.at("c"), storage._store)]
-    assert found == ["/c/a.txt", "/c/deep/b.txt"]
+    found = {file.uri.removeprefix(storage.uri): file.hidden for file in list_files(storage.at("c"), storage._store)}
+    assert [path for path, hidden in found.items() if not hidden] == ["/c/a.txt", "/c/deep/b.txt"]
+    assert [path for path, hidden in found.items() if hidden] == ["/c/.a.crc", "/c/_SUCCESS", "/c/_temporary/x.txt"]
     assert len(list_files(storage.at("c/*.txt"), storage._store)) == 1
     assert len(list_files(storage.at("c/deep/b.txt"), storage._store)) == 1
 
@@ -105,12 +107,15 @@ def test_other_schemes_are_refused(uri):
         uri_scheme(uri)
 
 
-def test_wrong_credentials_are_one_clear_error(s3):
+def test_an_endpoint_where_nobody_answers_is_one_clear_error(s3, monkeypatch):
+    monkeypatch.setattr("pipeline.retries.ATTEMPTS", 2)  # of 16: two minutes
     store = s3.store_config.model_copy(
         update={"s3": s3.store_config.s3.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})}
     )
     with pytest.raises(StorageError, match="s3://test/x/a: cannot write it"):
         Storage("s3://test/x", store).put("a", b"1")
+    monkeypatch.undo()
+    Storage("s3://test/x", s3.store_config)  # and all S3 storages try as often as ever
 
 
 def test_a_single_file_below_a_hidden_folder_is_input(storage):

@@ -12,13 +12,20 @@ from typing import Any, cast
 
 import ray
 
+from pipeline import retries
 from pipeline.config import ComputeConfig
-from pipeline.errors import ConfigError, VecmillError
+from pipeline.errors import ConfigError, ProcessError, VecmillError
 
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
 """Only token ids and work units pass through the object store."""
 TOKENIZER_CPUS = 0.5
 """CPUs that a task books which reads and tokenizes for the encoders."""
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+)
 WORKER_ENVIRONMENT = {
     "RAYON_NUM_THREADS": "1",  # the tokenizer's own pool; tasks run side by side instead
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
@@ -70,7 +77,7 @@ def connected(compute: ComputeConfig) -> Iterator[Cluster]:
     quiet = logging.getLogger().level > logging.DEBUG
     if quiet:
         for name in ("ray", "ray.data", "ray._private"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # errors come as exceptions, or are made good
         # max_restarts has no named parameter yet; the replacement must come before Ray 2.64 (see pyproject.toml)
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     started = not ray.is_initialized()
@@ -88,13 +95,13 @@ def connected(compute: ComputeConfig) -> Iterator[Cluster]:
 
 def run_all(task: Callable[..., Any], calls: list[tuple[Any, ...]], *, cpus: float, done: Callable[[Any], None]) -> None:
     """Run Ray tasks, a few more than fit at a time; ``done`` gets each result as it comes. Errors are raised as they are."""
-    remote = ray.remote(num_cpus=cpus, max_retries=3)(task)
+    remote = ray.remote(num_cpus=cpus, max_retries=3)(_counted)
     waiting = list(reversed(calls))
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
     running: list[Any] = []
     while waiting or running:
         while waiting and len(running) < window:
-            running.append(remote.remote(*waiting.pop()))
+            running.append(remote.remote(task, *waiting.pop()))
         ready, running = ray.wait(running, num_returns=1)
         for reference in ready:
             done(_result(reference))
@@ -102,19 +109,32 @@ def run_all(task: Callable[..., Any], calls: list[tuple[Any, ...]], *, cpus: flo
 
 def run_one(task: Callable[..., Any], *arguments: Any, cpus: float) -> Any:
     """Run one Ray task and return its result."""
-    return _result(ray.remote(num_cpus=cpus, max_retries=3)(task).remote(*arguments))
+    return _result(ray.remote(num_cpus=cpus, max_retries=3)(_counted).remote(task, *arguments))
+
+
+def _counted(task: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """The result of a task, and how many requests to a store it had to make again."""
+    return task(*arguments), retries.taken()
 
 
 def _result(reference: Any) -> Any:
-    """The result of a task; an error of ours is raised as itself, not wrapped in Ray's."""
+    """The result of a ``_counted`` task; an error of ours is raised as itself, not wrapped in Ray's."""
     try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+        result, again = ray.get(reference)
+    except ray.exceptions.RayError as error:
         raise own_error(error) from error
+    retries.add(again)
+    return result
+
+
+def tolerant_rows(dataset: Any, lost: int) -> Iterator[dict[str, Any]]:
+    """Rows of a dataset; up to ``lost`` of its blocks may fail, and are then missing."""
+    dataset.context.max_errored_blocks = lost
+    yield from dataset.iter_rows()
 
 
 def own_error(error: BaseException) -> BaseException:
-    """The VecmillError or other cause inside Ray's wrapping, or the error itself."""
+    """The VecmillError inside Ray's wrapping, a ProcessError for a death, or the error itself."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, VecmillError) and isinstance(seen, ray.exceptions.RayTaskError):
@@ -123,6 +143,11 @@ def own_error(error: BaseException) -> BaseException:
         if isinstance(seen, VecmillError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
+    if isinstance(error, DEATHS):
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        return ProcessError(
+            f"a process of the run died too often: {first}; look for lack of memory, then run the same command again"
+        )
     return error
 
 

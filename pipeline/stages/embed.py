@@ -3,33 +3,37 @@
 Only token ids travel through the object store; the actor that makes vectors writes them.
 """
 
+import threading
 import time
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
 
-from pipeline import layout
+from pipeline import retries
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
     EmbedUnit,
-    is_among,
     plan_embedding,
     put_embeddings,
     quarantined_keys,
     stored_keys,
     tokenize_unit,
 )
-from pipeline.errors import DataError, VecmillError
+from pipeline.errors import VecmillError
 from pipeline.job import Event, Job
 from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
-from pipeline.shards import KEY_DTYPE, Keys, read_keys
-from pipeline.snapshot import parts
-from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error
+from pipeline.shards import KEY_DTYPE
+from pipeline.snapshot import part_keys, parts
+from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
+from pipeline.stages.pieces import Pieces
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from pipeline.encoder import Encoded, Encoder
 
 MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
 """A unit is what a crash repeats: some ten seconds of work."""
@@ -39,43 +43,31 @@ CALIBRATED_PASSAGES = 20_000
 """With fewer to encode, finding the best batch budget takes longer than it saves."""
 CHECKED_TEXTS = 16
 """Texts of each unit that an int8 encoder compares with FP32."""
-ACTOR_RESTARTS = 3
-"""Ray Data's default is to restart for ever, so a document that kills its process would never end the run."""
+ACTOR_THREADS = 2
+"""One encodes while the other writes what it encoded before."""
+ACTOR_RESTARTS = 20
+TASK_RETRIES = 1
+"""Ray Data's default is to restart and to retry for ever, so a document that kills its process would never end the run."""
+LOST_UNITS_PER_ENCODER = 2 * ACTOR_THREADS
+"""Units in flight when an encoder dies for good; more than that lost is not the fault of a document."""
 
 
 def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
-    """Encode what the store lacks of a snapshot; returns how many passages that were.
-
-    Raises DataError when more passages than the ceiling of the config have no vector.
-    """
-    files = parts(job.storage, snapshot)
-    part_keys = [(file, read_keys(job.storage, layout.PASSAGES, file)) for file in files]
+    """Encode what the store lacks of a snapshot; returns how many passages that were."""
+    keyed = [(part.file, part_keys(job.storage, part), part.kept) for part in parts(job.storage, snapshot)]
     folder, records = job.embedding_folder, job.embedding_records()
     known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
-    passages = sum(len(keys) for _, keys in part_keys)
-    units = plan_embedding(part_keys, known, unit_passages(job.config.compute, cluster, passages))
+    passages = sum(len(keys) for _, keys, _ in keyed)
+    units = plan_embedding(keyed, known, unit_passages(job.config.compute, cluster, passages))
     total = sum(unit.passages for unit in units)
     job.say(Event("embed", "", 0, total, {}))
     done = _run(job, cluster, units, total) if units else []
+    done += _rescue(job, cluster, units, done) if len(done) < len(units) else []
+    if (encoded := sum(record.counts["passages"] + record.counts["rejected"] for record in done)) != total:
+        raise AssertionError(f"embed: {total} passages planned, {encoded} encoded or quarantined")
     there = f"{passages - total} were there or are duplicates"
     job.say(Event("embed", f"{total} passages encoded, {there}{_summary(done)}", total, total))
-    check_quarantine(job, np.unique(np.concatenate([keys for _, keys in part_keys])))
     return total
-
-
-def check_quarantine(job: Job, live: Keys) -> None:
-    """Raise DataError when more of the passages have no vector than the config accepts, or all."""
-    found = is_among(live, quarantined_keys(job.embeddings, job.embedding_folder, job.embedding_records())).sum()
-    corpus = job.config.corpus
-    ceiling = max(corpus.max_bad_rows, int(corpus.max_bad_fraction * len(live)))
-    if found:
-        where = f"{job.embeddings.at(job.embedding_folder)}/*.rejected.parquet"
-        job.say(Event("embed", f"{len(live)} passages = {len(live) - found} with a vector + {found} quarantined, see {where}"))
-        if found > ceiling or found == len(live):
-            raise DataError(
-                f"{where}: {found} of {len(live)} passages have no vector, the ceiling is {ceiling}; "
-                "use another model or precision, or raise corpus.max_bad_fraction / max_bad_rows"
-            )
 
 
 def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int) -> int:
@@ -86,35 +78,57 @@ def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int) -> in
 
 
 def _run(job: Job, cluster: Cluster, units: list[EmbedUnit], total: int) -> list[Record]:
+    """Encode units. A few may be missing from what is returned: those whose process died, or whose work failed."""
     compute = job.config.compute
     rows = [{"unit": unit.model_dump_json()} for unit in units]
     threads = cluster.threads(compute)
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(_tokenize_row, fn_args=(job.spec, job.storage), num_cpus=TOKENIZER_CPUS)
+        .map(_tokenize_row, fn_args=(job.spec, job.storage), num_cpus=TOKENIZER_CPUS, max_retries=TASK_RETRIES)
         .map(
             EncoderActor,
             fn_constructor_args=(job.spec, job.embeddings, job.embedding_folder, threads, total >= CALIBRATED_PASSAGES),
             compute=ray.data.ActorPoolStrategy(
-                size=min(cluster.encoders(compute), len(units)), max_tasks_in_flight_per_actor=2
+                size=min(cluster.encoders(compute), len(units)),
+                max_tasks_in_flight_per_actor=2 * ACTOR_THREADS,
+                max_concurrent_calls_per_actor=ACTOR_THREADS,
+                enable_true_multi_threading=True,
             ),
             num_cpus=cluster.reserved_cpus(compute),
             num_gpus=cluster.gpus_per_encoder(compute) or None,
             max_restarts=ACTOR_RESTARTS,
-            max_task_retries=ACTOR_RESTARTS,
+            max_task_retries=TASK_RETRIES,
         )
     )
     records: list[Record] = []
     done = tokens = 0
     try:
-        for row in dataset.iter_rows():
+        for row in tolerant_rows(dataset, LOST_UNITS_PER_ENCODER * cluster.encoders(compute)):
             records.append(record := Record.model_validate_json(row["record"]))
+            retries.add(row["retries"])
             done, tokens = done + record.counts["passages"] + record.counts["rejected"], tokens + record.counts["tokens"]
             job.say(Event("embed", "", done, total, {"tokens": tokens, "units": len(records)}))
     except ray.exceptions.RayError as error:
         raise own_error(error) from error
-    if done != total:
-        raise AssertionError(f"embed: {total} passages planned, {done} encoded or quarantined")
+    return records
+
+
+def _rescue(job: Job, cluster: Cluster, units: list[EmbedUnit], done: list[Record]) -> list[Record]:
+    """Encode the units that are missing one by one, each in pieces: what kills its process every time is quarantined."""
+    compute, finished = job.config.compute, {record.unit for record in done}
+    resources = {"num_cpus": cluster.reserved_cpus(compute), "num_gpus": cluster.gpus_per_encoder(compute)}
+    actor = ray.remote(max_restarts=0, max_task_retries=0, **resources)(EncoderActor)
+    arguments = (job.spec, job.embeddings, job.embedding_folder, cluster.threads(compute), False)
+    pieces = Pieces(lambda: actor.remote(*arguments), job.spec.dim)
+    records = []
+    for unit in units:
+        if unit.name not in finished:
+            job.say(Event("embed", f"unit {unit.name} is encoded apart: its process died, or its work failed"))
+            row = run_one(_tokenize_row, {"unit": unit.model_dump_json()}, job.spec, job.storage, cpus=TOKENIZER_CPUS)
+            encoded, draft = pieces.encode(row)
+            keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
+            records.append(put_embeddings(job.embeddings, job.embedding_folder, keys, encoded.vectors, encoded.failed, draft))
+    pieces.close()
     return records
 
 
@@ -124,7 +138,9 @@ def _summary(records: list[Record]) -> str:
         return ""
     seconds = {name: sum(record.timings_s[name] for record in records) for name in ("encode", "waiting", "write")}
     tokens, padded = (sum(record.counts[name] for record in records) for name in ("tokens", "padded_tokens"))
-    text = f"; {tokens / max(seconds['encode'], 1e-9):,.0f} tokens/s per encoder, {padded / max(tokens, 1) - 1:.1%} padding"
+    rescued = sum(record.counts["rescued"] for record in records)
+    text = f"; {rescued} of them rescued" if rescued else ""
+    text += f"; {tokens / max(seconds['encode'], 1e-9):,.0f} tokens/s per encoder, {padded / max(tokens, 1) - 1:.1%} padding"
     for name, label in (("mfu", "MFU {:.0%}"), ("cosine_mean", "cosine to fp32 {:.4f}"), ("cosine_min", "minimum {:.4f}")):
         values = [record.rates[name] for record in records if name in record.rates]
         if values:
@@ -136,7 +152,7 @@ def _tokenize_row(row: dict[str, Any], spec: EncoderSpec, storage: Storage) -> d
     unit = EmbedUnit.model_validate_json(row["unit"])
     tokenized = tokenize_unit(unit, storage, _tokenizer(spec), spec.document_prompt)
     arrays = {"keys": tokenized.keys.tobytes(), "ids": tokenized.ids.tobytes(), "lengths": tokenized.lengths.tobytes()}
-    return {"name": unit.name, "timings": tokenized.timings_s, **arrays}
+    return {"name": unit.name, "timings": tokenized.timings_s, "retries": retries.taken(), **arrays}
 
 
 @lru_cache(maxsize=2)
@@ -155,40 +171,48 @@ class EncoderActor:
             self._encoder = Encoder(spec, threads=threads)
             if calibrate:
                 self._encoder.calibrate()
-            self._peak = self._encoder.matmul_rate() if self._encoder.flops_per_token else None
         except VecmillError as error:  # raised by the first call: Ray keeps only the text of an error in a constructor
             self._encoder = error
         self._storage = storage
         self._folder = folder
+        self._alone = threading.Lock()
+        self._peak = 0.0
         self._idle_since = time.perf_counter()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """Encode one tokenized unit, write its shard and record."""
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode one tokenized unit, write its shard and record; calls run side by side, but one encodes at a time."""
+        encoded, draft = self.encode(row)
+        keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
+        record = put_embeddings(self._storage, self._folder, keys, encoded.vectors, encoded.failed, draft)
+        return {"record": record.model_dump_json(), "retries": row["retries"] + retries.taken()}
+
+    def encode(self, row: dict[str, Any]) -> tuple["Encoded", Record]:
+        """Vectors of a tokenized unit or of some of it, and a record in the making with what they took."""
         encoder = self._encoder
         if isinstance(encoder, VecmillError):
             raise encoder
-        started = time.perf_counter()
         ids, lengths = np.frombuffer(row["ids"], dtype=np.int32), np.frombuffer(row["lengths"], dtype=np.int32)
-        tokens, prompt = np.split(ids, np.cumsum(lengths)[:-1]), encoder.spec.document_prompt
+        tokens = np.split(ids, np.cumsum(lengths)[:-1])
+        with self._alone:
+            return self._encode(encoder, tokens, Record(unit=row["name"], files=(), timings_s=row["timings"]))
+
+    def _encode(self, encoder: "Encoder", tokens: list[Any], draft: Record) -> tuple["Encoded", Record]:
+        prompt = encoder.spec.document_prompt
+        started = time.perf_counter()
         encoded = encoder.encode_tokens(tokens, prompt=prompt)
-        encode_s = time.perf_counter() - started
-        rates = {"mfu": encoded.tokens * encoder.flops_per_token / encode_s / self._peak} if self._peak else {}
+        timings = {"waiting": started - self._idle_since, "encode": time.perf_counter() - started}
+        rates = {}
+        if encoder.flops_per_token:
+            self._peak = self._peak or encoder.matmul_rate()  # not before: tokenizers crowd a start
+            rates["mfu"] = encoded.tokens * encoder.flops_per_token / timings["encode"] / self._peak
         if encoder.spec.precision == "int8":
+            began = time.perf_counter()
             checked = [row for row in range(0, len(tokens), -(-len(tokens) // CHECKED_TEXTS)) if row not in encoded.failed]
             cosine = encoder.cosine_to_exact([tokens[row] for row in checked], encoded.vectors[checked], prompt=prompt)
             rates |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())} if checked else {}
-        draft = Record(
-            unit=row["name"],
-            files=(),
-            counts={
-                "tokens": encoded.tokens,
-                "padded_tokens": encoded.padded_tokens,
-                "batch_tokens": encoder.batch_tokens,
-            },
-            timings_s={**row["timings"], "waiting": started - self._idle_since, "encode": encode_s},
-            rates=rates,
-        )
-        keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
-        record = put_embeddings(self._storage, self._folder, keys, encoded.vectors, encoded.failed, draft)
+            timings["check"] = time.perf_counter() - began
         self._idle_since = time.perf_counter()
-        return {"record": record.model_dump_json()}
+        counts = {"tokens": encoded.tokens, "padded_tokens": encoded.padded_tokens, "rescued": encoded.rescued}
+        counts["batch_tokens"] = encoder.batch_tokens
+        update = {"counts": counts, "timings_s": draft.timings_s | timings, "rates": rates}
+        return encoded, draft.model_copy(update=update)

@@ -1,43 +1,72 @@
 """Ingest on Ray Data: plan units, run those whose record is missing, write the snapshot."""
 
+import contextlib
 import json
 from functools import lru_cache
 from typing import Any
 
 import ray.data
 
-from pipeline import layout
+from pipeline import layout, retries
 from pipeline.config import Config
+from pipeline.corpus import read_ids
+from pipeline.documents import deleted_keys, resolve
+from pipeline.errors import VerificationError
+from pipeline.fingerprint import fingerprint
 from pipeline.job import Event, Job
-from pipeline.manifest import Record, SnapshotManifest, load, to_bytes
+from pipeline.live import live_snapshot
+from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
-from pipeline.snapshot import (
-    IngestUnit,
-    build_snapshot,
-    check_quality,
-    identify_files,
-    ingest_unit,
-    known_files,
-    limited,
-    plan_units,
-)
+from pipeline.snapshot import check_quality, grown, put_snapshot, snapshot_name, unit_records
 from pipeline.stages.cluster import own_error
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
+from pipeline.units import CorpusFiles, IngestUnit, deletes_config, identify_files, ingest_unit, limited, plan_units, reading
+
+SHOWN_IGNORED = 3
+TASK_RETRIES = 3
+"""Ray Data's default is for ever, so a file that kills its process would never end the run."""
 
 
 def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     """Bring the snapshot up to date; ``limit``: only so many documents. Raises DataError above the ceiling of bad rows."""
-    files = identify_files(job.config, known_files(job.storage))
-    units = plan_units(files, job.config, job.spec.space)
+    config, earlier = job.config, None
+    is_append = config.corpus.mode == "append"
+    with contextlib.nullcontext() if is_append else contextlib.suppress(VerificationError):  # else it only saves hashing
+        earlier = live_snapshot(job.storage)
+    files = identify_files(config, earlier.files if earlier else ())
+    read_by = fingerprint(reading(config, job.spec.space))
+    chosen, generations = grown(files.chosen, earlier, read_by, config.corpus.uri) if is_append else (files.chosen, ())
+    units = plan_units(chosen, config, job.spec.space)
     records = _limited_records(job, units, limit) if limit else _records(job, units)
-    snapshot = build_snapshot([file for file, _ in files], records, limit)
-    check_quality(snapshot, job.config, job.storage.uri)
-    job.storage.create(layout.snapshot(snapshot.snapshot), to_bytes(snapshot))
-    counts = snapshot.counts
-    job.say(Event("ingest", _summary(counts), len(units), len(units), counts))
+    older = list(unit_records(job.storage, earlier)) if earlier and generations else []
+    snapshot = _snapshot(
+        job, [*older, *([records] if records else [])], files, earlier if generations else None, limit, read_by
+    )
+    check_quality(job.storage, snapshot, config)
+    job.say(Event("ingest", _summary(snapshot.counts, files.ignored), len(units), len(units), snapshot.counts))
     return snapshot
+
+
+def _snapshot(
+    job: Job, generations: list[list[Record]], files: CorpusFiles, earlier: SnapshotManifest | None, limit: int | None,
+    read_by: str,
+) -> SnapshotManifest:  # fmt: skip
+    """The snapshot of these units: known already, or found out which of their documents count."""
+    corpus = job.config.corpus
+    deletes = identify_files(deletes_config(job.config)) if corpus.deletes else None
+    deletes_name = fingerprint([file.content for file, _ in deletes.chosen]) if deletes else None
+    names = [[record.unit for record in generation] for generation in generations]
+    name = snapshot_name(names, limit, deletes_name, corpus.mode)
+    if (known := load(SnapshotManifest, job.storage, layout.snapshot(name))) is not None:
+        return known
+    keys = deleted_keys(read_ids(deletes.chosen, corpus, job.config.store) if deletes else ())
+    found = resolve(job.storage, generations, keys, appended=corpus.mode == "append")
+    listed = {
+        (file.uri, file.content): file for file in (*(earlier.files if earlier else ()), *(file for file, _ in files.chosen))
+    }
+    return put_snapshot(job.storage, name, list(listed.values()), generations, found, limit, read_by)
 
 
 def _records(job: Job, units: list[IngestUnit]) -> list[Record]:
@@ -52,11 +81,14 @@ def _run(job: Job, units: list[IngestUnit]) -> list[Record]:
     job.say(Event("ingest", "", 0, len(units), {}))
     rows = [{"unit": unit.model_dump_json()} for unit in units]
     arguments = (job.config, job.spec, job.storage)
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_ingest_row, fn_args=arguments, num_cpus=1)
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _ingest_row, fn_args=arguments, num_cpus=1, max_retries=TASK_RETRIES
+    )
     records: list[Record] = []
     try:
         for row in dataset.iter_rows():
             records.append(Record.model_validate_json(row["record"]))
+            retries.add(row["retries"])
             counts = {name: sum(record.counts[name] for record in records) for name in ("rows", "passages", "tokens")}
             job.say(Event("ingest", "", len(records), len(units), counts))
     except ray.exceptions.RayError as error:
@@ -75,10 +107,10 @@ def _limited_records(job: Job, units: list[IngestUnit], limit: int) -> list[Reco
     return records
 
 
-def _ingest_row(row: dict[str, Any], config: Config, spec: EncoderSpec, storage: Storage) -> dict[str, str]:
+def _ingest_row(row: dict[str, Any], config: Config, spec: EncoderSpec, storage: Storage) -> dict[str, Any]:
     unit = IngestUnit.model_validate_json(row["unit"])
     splitter = _splitter(spec, config.passages.model_dump_json())
-    return {"record": ingest_unit(unit, config, splitter, storage).model_dump_json()}
+    return {"record": ingest_unit(unit, config, splitter, storage).model_dump_json(), "retries": retries.taken()}
 
 
 @lru_cache(maxsize=2)
@@ -90,7 +122,14 @@ def _splitter(spec: EncoderSpec, passages: str) -> Splitter:
     return Splitter(tokenizer, PassagesConfig(**json.loads(passages)), spec.document_prompt)
 
 
-def _summary(counts: dict[str, int]) -> str:
-    rows = f"{counts['rows']} rows = {counts['documents']} documents + {counts['rejected']} rejected"
-    notes = [f"{counts[name]} documents {name}" for name in ("split", "truncated") if counts[name]]
+def _summary(counts: dict[str, int], ignored: tuple[str, ...]) -> str:
+    fates = ("rejected", "duplicates", "replaced", "deleted")
+    settled = [f"{counts[name]} {name}" for name in fates if counts.get(name) or name == "rejected"]
+    rows = f"{counts['rows']} rows = {' + '.join([str(counts['documents']) + ' documents', *settled])}"
+    notes = [f"{counts[name]} documents {name}" for name in ("split", "truncated", "sparse") if counts[name]]
+    if counts["skipped_files"]:
+        notes.append(f"{counts['skipped_files']} files skipped")
+    if ignored:
+        shown = ", ".join(uri.rpartition("/")[2] for uri in ignored[:SHOWN_IGNORED])
+        notes.append(f"{len(ignored)} files ignored ({shown}{', ...' if len(ignored) > SHOWN_IGNORED else ''})")
     return ", ".join([rows, f"{counts['passages']} passages", *notes])

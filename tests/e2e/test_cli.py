@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import layout
@@ -56,6 +58,15 @@ def test_search_prints_a_table_or_json(indexed):
     assert (found["hits"][0]["doc_id"], len(found["hits"])) == ("d123", 4)
     artifact = next((indexed.parent / "root" / "artifacts").iterdir())
     assert json.loads(vecmill("search", "--artifact", artifact, text, "--json").stdout)["hits"][0]["doc_id"] == "d123"
+
+
+def test_search_chooses_among_the_measured_settings(indexed):
+    for option, value in (("--recall", "0.9"), ("--latency", "500ms"), ("--latency", "0.5s")):
+        found = json.loads(vecmill("search", "-c", indexed, "a note on the harbour", "--json", option, value).stdout)
+        assert len(found["hits"]) == 10
+    for value, message in (("0.0000001ms", "the fastest measured setting takes"), ("soon", "expected a time such as 2ms")):
+        refused = vecmill("search", "-c", indexed, "a note", "--latency", value, check=False)
+        assert (refused.returncode, message in refused.stderr) == (2, True)
 
 
 def test_python_dash_m_jobs_is_the_same_program(indexed):
@@ -134,7 +145,9 @@ def test_signals_release_the_root_and_say_how_to_resume(tmp_path, number, code):
     write_jsonl(tmp_path / "a.jsonl", sentences(3000))
     file = tmp_path / "c.yaml"
     file.write_text(f"root: {tmp_path}/root\ncorpus: {{uri: {tmp_path}/a.jsonl}}\n")
-    process = subprocess.Popen([str(VECMILL), "reindex", "-c", str(file)], stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite run in the background inherits SIGINT ignored
+    run = [str(VECMILL), "reindex", "-c", str(file)]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heed)  # noqa: PLW1509
     while not (tmp_path / "root" / "passages").is_dir():
         assert process.poll() is None
         time.sleep(0.1)
@@ -152,3 +165,26 @@ def test_demo_finds_what_it_promises(tmp_path):
     assert "parse a date written as text" in done.stdout
     assert "datetime.datetime.strptime" in done.stdout
     assert done.stdout.count("rank") == 5
+
+
+def test_validate_tells_what_a_run_would_reject_and_exits_3(tmp_path):
+    rows = [*sentences(20), *({"id": f"empty{number}", "text": ""} for number in range(11))]
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"root": str(tmp_path / "root"), "corpus": {"uri": str(tmp_path / "corpus")}}))
+    done = vecmill("validate", "-c", file, "--json", "--out", tmp_path / "bad.parquet", check=False)
+    assert done.returncode == 3
+    assert "11 rows rejected, the ceiling is 10" in done.stderr
+    found = json.loads(done.stdout)
+    assert (found["ok"], found["counts"]["documents"], found["codes"]) == (False, 20, {"E_EMPTY_TEXT": 11})
+    assert pq.read_table(tmp_path / "bad.parquet")["source_row"].to_pylist() == list(range(20, 31))
+    assert vecmill("validate", "-c", file, "--set", "corpus.max_bad_rows=11").returncode == 0
+    assert not (tmp_path / "root").exists()
+
+
+def test_doctor_and_doctor_storage(tmp_path):
+    found = {line["what"]: line["ok"] for line in json.loads(vecmill("doctor", "--json").stdout)}
+    assert found["faiss"]
+    assert found["python"]
+    assert "20 of 20 races" in vecmill("doctor", "storage", tmp_path).stdout
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.live import open_live
 from pipeline.manifest import Record
 from tests.conftest import make_config, sentences, write_jsonl
 
+AGENT_ATTEMPTS = 10
 HOME = Path(__file__).parent.parent.parent
 
 
@@ -37,7 +39,11 @@ def test_job_submitted_to_two_nodes_makes_the_artifact(tmp_path, two_nodes):
     command += ["--working-dir", str(HOME), "--", sys.executable, "-m", "jobs", "reindex", "-c", "configs/cluster.yaml"]
     command += ["--set", f"root={tmp_path}/root", "--set", f"corpus.uri={tmp_path}/corpus", "--set", "index.kind=ivfpq"]
     environment = os.environ | {"RAY_ADDRESS": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=350, env=environment)
+    for _ in range(AGENT_ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)  # the head's agent is still starting
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "succeeded" in done.stdout
 

@@ -16,7 +16,7 @@ from pipeline.encoder import load_query_encoder
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.live import open_live, open_uri
 from pipeline.log import Log
-from pipeline.manifest import Record
+from pipeline.manifest import Record, to_bytes
 from pipeline.run import embed_only, ingest_only, reindex
 from pipeline.snapshot import parts
 from pipeline.storage import Storage
@@ -97,7 +97,8 @@ def test_second_run_does_nothing(tmp_path, real_rows):
 def test_change_add_delete_in_a_renamed_file_encodes_two(tmp_path, real_rows, kind):
     rows = [dict(row) for row in real_rows if len(row["text"]) < 600][:500]
     write_jsonl(tmp_path / "corpus" / "monday.jsonl", rows)
-    config = make_config(tmp_path / "root", tmp_path / "corpus", index={"kind": kind, "m": 32})
+    settings = {"index": {"kind": kind, "m": 32}, "search": {"nprobe": 64}}  # no times choose how much is found
+    config = make_config(tmp_path / "root", tmp_path / "corpus", **settings)
     first = reindex(config)
     assert first.encoded == first.live.counts["passages"]
 
@@ -117,7 +118,7 @@ def test_change_add_delete_in_a_renamed_file_encodes_two(tmp_path, real_rows, ki
     assert deleted["id"] not in {hit.doc_id for hit in search(config, deleted["text"], 10)}
     assert all(deleted["text"] != hit.text for hit in search(config, deleted["text"], 10))
 
-    scratch = make_config(tmp_path / "scratch", tmp_path / "corpus", index={"kind": kind, "m": 32})
+    scratch = make_config(tmp_path / "scratch", tmp_path / "corpus", **settings)
     for folder in ("trained", layout.artifact(first.live.version)):
         shutil.copytree(tmp_path / "root" / folder, tmp_path / "scratch" / folder)
     (tmp_path / "scratch" / "log").mkdir()
@@ -137,7 +138,7 @@ def assert_equal_answers(config, other, *, exact):
     assert {key: one.manifest.counts[key] for key in ("documents", "passages", "rejected")} == {
         key: two.manifest.counts[key] for key in ("documents", "passages", "rejected")
     }
-    queries = one.searcher.vectors[::3].astype(np.float32)
+    queries = one.searcher.collection.vectors[::3].astype(np.float32)
     point = one.manifest.evaluation.point
     scores, ordinals = one.searcher.neighbours(queries, 11)
     _, other_ordinals = two.searcher.neighbours(queries, 11, nprobe=point.nprobe, rescoring=point.rescore)
@@ -344,7 +345,7 @@ def test_lost_ingest_record_stops_the_index_from_shrinking(tmp_path):
     config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
     snapshot = ingest_only(config)
     storage = Storage(config.root)
-    (tmp_path / "root" / "passages" / f"{snapshot.units[0]}.json").unlink()
+    (tmp_path / "root" / "passages" / f"{snapshot.generations[0][0]}.json").unlink()
     with pytest.raises(VerificationError, match="gone, the snapshot names it"):
         parts(storage, snapshot)
 
@@ -352,9 +353,33 @@ def test_lost_ingest_record_stops_the_index_from_shrinking(tmp_path):
 def test_more_answers_than_the_lists_visited_hold(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", sentences(400))
     index = {"kind": "ivfpq", "nlist": 10, "m": 32, "target_recall": 0.01}
-    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index=index)
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index=index, search={"nprobe": 1})
     assert reindex(config).live.evaluation.point.nprobe == 1
     assert len(search(config, "a note on the harbour", 350)) == 350
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivfpqfs", "ivfrabitq"])
+def test_an_artifact_in_parts_answers_as_one(tmp_path, kind):
+    write_jsonl(tmp_path / "a.jsonl", sentences(400))
+
+    def config(**index):
+        settings = {"index": {"kind": kind, "nlist": 8} | index, "search": {"nprobe": 4, "rescore": 10}}
+        return make_config(tmp_path / "root", tmp_path / "a.jsonl", **settings)
+
+    whole = reindex(config())
+    assert [part.name for part in whole.live.parts] == ["index.faiss"]
+    expected = search(config(), "a note on the harbour", 20)
+    cut = reindex(config(partitions=3))
+    assert (cut.encoded, cut.trained, cut.index_shards, cut.committed) == (0, False, 0, True)
+    assert [(part.name, part.first, part.count) for part in cut.live.parts] == [
+        ("index-0000.faiss", 0, 133),
+        ("index-0001.faiss", 133, 133),
+        ("index-0002.faiss", 266, 134),
+    ]
+    assert artifact.verify(Storage(config().root), layout.artifact(cut.live.version)).parts == cut.live.parts
+    found = search(config(partitions=3), "a note on the harbour", 20)
+    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
+    assert {hit.doc_id for hit in found[:10]} == {hit.doc_id for hit in expected[:10]}
 
 
 def test_changed_target_recall_is_measured_again(tmp_path):
@@ -412,8 +437,11 @@ def test_passages_without_a_vector_are_quarantined_and_harm_no_other(tmp_path, p
         encoder=encoder,
         index={"kind": "flat"},
     )
+    for encode_first in (True, False):
+        with pytest.raises(DataError, match="3 of 300 passages have no vector, the ceiling is 2"):
+            reindex(strict, encode=encode_first)
     with pytest.raises(DataError, match="3 of 300 passages have no vector, the ceiling is 2"):
-        reindex(strict)
+        embed_only(strict)
 
 
 def test_records_say_what_encoding_took(tmp_path):
@@ -423,10 +451,10 @@ def test_records_say_what_encoding_took(tmp_path):
     assert embed_only(config, say=lambda event: said.append(event.message)) == 600
     records = [Record.model_validate_json(path.read_bytes()) for path in (tmp_path / "root" / "embeddings").rglob("*.json")]
     for record in records:
-        assert record.timings_s.keys() == {"read", "tokenize", "waiting", "encode", "write"}
+        assert record.timings_s.keys() == {"read", "tokenize", "waiting", "encode", "check", "write"}
         assert record.counts["padded_tokens"] >= record.counts["tokens"] > 0
         assert record.counts["batch_tokens"] > 0
-        assert 0 < record.rates["mfu"] < 2
+        assert 0 < record.rates["mfu"] < 4  # of int8, against the rate of bf16 or fp32
         assert 0.98 < record.rates["cosine_min"] <= record.rates["cosine_mean"] <= 1.0001
     assert any("tokens/s per encoder" in message and "cosine to fp32 0.99" in message for message in said)
 
@@ -441,3 +469,22 @@ def test_asymmetric_and_shortened_vectors_are_searched(tmp_path, minilm):
     assert search(config, "Note 50 on the harbour and the lantern.", 1)[0].doc_id == "d50"
     opened = open_uri(str(tmp_path / "root" / layout.artifact(outcome.live.version)))
     assert opened.searcher.search(encode(opened, ["Note 51 on the orchard and the lantern."]), 1)[0][0].doc_id == "d51"
+
+    other = make_config(tmp_path / "root", tmp_path / "a.jsonl", encoder={"dim": 128})
+    with pytest.raises(ConfigError, match=r"was made for queries by .*/q, the config has None; run vecmill reindex"):
+        open_live(other)
+    again = reindex(other)
+    assert (again.encoded, again.committed, again.live.encoder["query_model"]) == (0, True, None)
+    assert search(other, "Note 50 on the harbour and the lantern.", 1)[0].doc_id == "d50"
+
+
+def test_an_artifact_cannot_let_its_model_run_code(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(40))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
+    live = reindex(config).live
+    folder = tmp_path / "root" / layout.artifact(live.version)
+    encoder = live.encoder | {"trust_remote_code": True, "revision": "a" * 40}
+    (folder / "manifest.json").write_bytes(to_bytes(live.model_copy(update={"encoder": encoder}).sealed()))
+    with pytest.raises(ConfigError, match=r"runs code of its own; search with a config that has encoder\.trust_remote_code"):
+        open_uri(str(folder))
+    assert open_uri(str(folder), trust_remote_code=True).spec.trust_remote_code

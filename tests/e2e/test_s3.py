@@ -34,8 +34,9 @@ def test_job_on_s3_answers_as_on_local_files(tmp_path, s3, kind, monkeypatch):
         bucket.put(f"corpus/{file.name}", file.read_bytes())
 
     index = {"kind": kind, "m": 32}
-    local = make_config(tmp_path / "root", corpus, index=index)
-    cached = {"cache_dir": str(tmp_path / "cache")}
+    search = {"nprobe": 64, "rescore": 100}  # measured times must not choose what the answers are
+    local = make_config(tmp_path / "root", corpus, index=index, search=search)
+    cached = {"cache_dir": str(tmp_path / "cache"), **search}
     remote = make_config(bucket.at("root"), bucket.at("corpus"), index=index, store=s3.store, search=cached)
     first = reindex(local)
     second = reindex(remote)
@@ -46,8 +47,8 @@ def test_job_on_s3_answers_as_on_local_files(tmp_path, s3, kind, monkeypatch):
     assert (again.encoded, again.committed) == (0, False)
 
     one, two = open_live(local), open_live(remote)
-    assert (one.searcher.vectors == two.searcher.vectors).all()
-    queries = one.searcher.vectors[::5].astype(np.float32)
+    assert (one.searcher.collection.vectors == two.searcher.collection.vectors).all()
+    queries = one.searcher.collection.vectors[::5].astype(np.float32)
     mine, theirs = (opened.searcher.search(queries, 10) for opened in (one, two))
     assert [[(hit.doc_id, hit.text) for hit in hits] for hits in mine] == [
         [(hit.doc_id, hit.text) for hit in hits] for hits in theirs

@@ -20,7 +20,7 @@ def root(tmp_path_factory):
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("kind", ["auto", "ivfpq"])
+@pytest.mark.parametrize("kind", ["auto", "ivfpq", "ivfpqfs"])
 def test_scifact_ndcg(root, kind):
     sections = {
         "passages": {"long": "truncate"},
@@ -41,4 +41,4 @@ def test_scifact_ndcg(root, kind):
     assert metrics["index"]["ndcg@10"] == pytest.approx(metrics["exact"]["ndcg@10"], abs=0.01)
     assert metrics["index"].keys() == metrics["exact"].keys() == {"ndcg@10", "mrr@10", "recall@100"}
     assert outcome.live.evaluation.labelled["exact"]["ndcg@10"] == pytest.approx(metrics["exact"]["ndcg@10"], abs=1e-4)
-    assert outcome.live.index.kind == ("flat" if kind == "auto" else "ivfpq")
+    assert outcome.live.index.kind == ("flat" if kind == "auto" else kind)

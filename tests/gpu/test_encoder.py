@@ -23,7 +23,7 @@ def test_vectors_are_those_of_fp32(model, precision):
     spec, folder = resolve_spec(model=model, precision=precision)
     encoder = Encoder(spec)
     texts = synthetic_texts(encoder.tokenizer, 2000)
-    reference = load_plain(folder.path, "fp32").encode(texts, normalize_embeddings=True)
+    reference = load_plain(spec, folder, "fp32").encode(texts, normalize_embeddings=True)
     cosine = (encoder.encode_documents(texts) * reference).sum(axis=1)
     assert cosine.mean() >= 0.9999
     assert cosine.min() >= 0.999

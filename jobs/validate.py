@@ -1,0 +1,62 @@
+"""``vecmill validate``: the corpus against its contract, before anything is built."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+
+from jobs.options import ConfigOption, JsonOption, QuietOption, SetOption, VerboseOption, command, print_json, progress, results
+from pipeline.config_file import load_config
+from pipeline.errors import DataError
+from pipeline.job import Event
+from pipeline.units import REJECTED_SCHEMA
+from pipeline.validation import Validation
+from pipeline.validation import validate as run_validation
+
+SHOWN = 10
+
+
+@command
+def validate(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Parquet file for all rejected rows")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Read the whole corpus and tell what a run would reject, and why; needs no model, exit 3 if a run would stop."""
+    settings = load_config(config, tuple(overrides or ()))
+    with progress(quiet=quiet) as say:
+        found = run_validation(settings, each_file=lambda done, total: say(Event("validate", "", done, total)))
+    if out:
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in found.rejected], schema=REJECTED_SCHEMA), out)
+    if as_json:
+        shown = [asdict(row) for row in found.rejected[:SHOWN]]
+        print_json({**vars(found), "rejected": shown, "ok": found.ok})
+    else:
+        _show(found)
+    if not found.ok:
+        bad = (
+            found.bad_files[0]
+            if found.bad_files
+            else f"{found.counts['rejected']} rows rejected, the ceiling is {found.ceiling}"
+        )
+        raise DataError(f"{settings.corpus.uri}: a run would stop, {bad}")
+
+
+def _show(found: Validation) -> None:
+    counts = found.counts
+    fates = " + ".join(f"{counts[name]} {name}" for name in ("documents", "rejected", "duplicates", "replaced", "deleted"))
+    results.print(f"{found.files} files, {counts['rows']} rows = {fates}", markup=False)
+    for uri in found.ignored[:SHOWN]:
+        results.print(f"ignored   {uri}", markup=False)
+    for text in found.bad_files[:SHOWN]:
+        results.print(f"bad file  {text}", markup=False)
+    for code, count in sorted(found.codes.items()):
+        results.print(f"{code:24} {count}", markup=False)
+    for row in found.rejected[:SHOWN]:
+        results.print(f"{row.source_uri} row {row.source_row}: {row.code}, {row.message}", markup=False)

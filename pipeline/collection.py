@@ -1,0 +1,53 @@
+"""The index of an artifact with the vectors that it points to: search, re-score, answer."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.index_parts import Parts
+from pipeline.manifest import Merged
+from pipeline.recall import Matrix, Ordinals, rescore
+from pipeline.vectors import INT8, VECTORS, Int8Vectors, Readahead, Vectors, open_vectors
+
+MIN_NEIGHBOURS = 10
+"""A search for fewer looks as deep as one for so many: five candidates do not hold the one best."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """``vectors``: (n, dim) float16. ``rescorer``: what candidates are re-scored from, None where nothing is."""
+
+    index: Parts
+    vectors: Vectors
+    rescorer: Vectors | Int8Vectors | None
+    readahead: Readahead | None = None
+
+    def search(self, queries: Matrix, k: int, *, nprobe: int, rescoring: int) -> tuple[Matrix, Ordinals]:
+        """Scores and ordinals, (q, k), -1 padded; ``rescoring`` candidates per asked neighbour are scored again, 0: none."""
+        if rescoring == 0 or self.rescorer is None:
+            return self.index.search(queries, k, nprobe)
+        depth = min(width(k, rescoring), len(self.vectors))
+        _, candidates = self.index.search(queries, depth, nprobe)
+        with self.readahead.reading(candidates) if self.readahead else contextlib.nullcontext():
+            scores, ordinals = rescore(self.rescorer, queries, candidates, k)
+        return scores, np.where(np.isfinite(scores), ordinals, -1)
+
+
+def width(k: int, rescoring: int) -> int:
+    """Candidates to look at for k neighbours."""
+    return max(k, MIN_NEIGHBOURS) * rescoring if rescoring else k
+
+
+def open_collection(folder: Path, merged: Merged) -> Collection:
+    """Memory-map the merged files in a local folder. Their hashes have been checked by the caller."""
+    vectors = open_vectors(folder / VECTORS, merged.dim)
+    files = [(folder / part.name, part.first, part.count) for part in merged.parts]
+    index = Parts(files, merged.dim, mapped=all(part.mapped for part in merged.parts))
+    if merged.rescore == "none" or not len(vectors):
+        return Collection(index, vectors, None)
+    if merged.rescore == "float16":
+        return Collection(index, vectors, vectors, Readahead(folder / VECTORS, vectors.itemsize * merged.dim))
+    rows = Int8Vectors(folder / INT8, merged.dim)
+    return Collection(index, vectors, rows, Readahead(folder / INT8, rows.row_bytes))

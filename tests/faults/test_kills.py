@@ -1,0 +1,167 @@
+"""Processes of a run killed while it works: the real model under Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import layout
+from pipeline.audit import audit
+from pipeline.coverage import cover
+from pipeline.errors import ProcessError
+from pipeline.job import plan_job
+from pipeline.live import open_live
+from pipeline.run import reindex
+from pipeline.shards import open_parquet
+from pipeline.snapshot import snapshot_of
+from pipeline.stages import embed, ingest
+from tests.conftest import make_config, sentences, write_jsonl
+from tests.e2e.test_reindex import search
+from tests.faults.killers import POISON, KillsAtPoison, KillsOnce, ingest_and_die
+
+HOME = Path(__file__).parent.parent.parent
+KILL_AFTER = (
+    "passages/*.json",
+    "embeddings/*/*.json",
+    "shards/*/*.json",
+    "artifacts/*/vectors.f16",
+    "artifacts/*/manifest.json",
+)
+"""A file of every stage: one more of them, and the driver is killed."""
+TTL_S = 1.0
+
+
+def config_of(folder, **sections):
+    return make_config(folder / "root", folder / "corpus", **{"index": {"kind": "flat"}, **sections})
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_an_encoder_that_dies_once_is_started_again(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", sentences(300))
+    monkeypatch.setattr(embed, "EncoderActor", KillsOnce)
+    config = config_of(tmp_path, compute={"unit_passages": 100})
+    outcome = reindex(config)
+    assert (tmp_path / "killed").exists() or (tmp_path / "root" / "killed").exists()
+    assert (outcome.encoded, outcome.live.counts["passages"], outcome.live.counts["document_rows"]) == (300, 300, 300)
+    assert audit(config, 300).passages == 300
+    assert search(config, "Note 42 on the glacier and the furnace.", 1)[0].doc_id == "d42"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_a_document_that_kills_its_process_every_time_is_quarantined(tmp_path, monkeypatch):
+    rows = sentences(120)
+    rows[70]["text"] += f" A {POISON}."
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    monkeypatch.setattr(embed, "EncoderActor", KillsAtPoison)
+    config = config_of(tmp_path, compute={"unit_passages": 60})
+    said = []
+    outcome = reindex(config, say=said.append)
+    counts = outcome.live.counts
+    assert (counts["passages"], counts["document_rows"], counts["quarantined_rows"]) == (119, 119, 1)
+    assert outcome.committed
+    assert sum("is encoded apart" in event.message for event in said) >= 1
+    job = plan_job(config, on_gpu=False)
+    codes = []
+    for record in job.embedding_records():
+        if record.rejected:
+            with open_parquet(job.embeddings, job.embedding_folder, record.rejected) as parquet:
+                codes += parquet.read().to_pylist()
+    assert [row["code"] for row in codes] == ["E_CRASH"]
+    assert all("alone died 2 times" in row["message"] for row in codes)
+    assert len(cover(job, snapshot_of(job.storage, outcome.live)).left_out) == 1
+    assert audit(config, 300).passages == 119
+    again = reindex(config)
+    assert (again.encoded, again.committed) == (0, False)
+    assert open_live(config).manifest.version == outcome.live.version
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_a_file_that_kills_its_process_every_time_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", sentences(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_ingest_row", ingest_and_die)
+        with pytest.raises(
+            ProcessError, match=r"^a process of the run died too often: [^\n]*; look for lack of memory"
+        ) as error:
+            reindex(config_of(tmp_path))
+    assert error.value.exit_code == 1
+    assert reindex(config_of(tmp_path)).live.counts["documents"] == 10
+
+
+def drive(config_file, log):
+    command = [sys.executable, "-m", "jobs", "reindex", "-c", str(config_file), "--json"]
+    return subprocess.Popen(command, cwd=HOME, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+
+
+def end_session(process):
+    """Kill a driver with everything it started."""
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        left = [
+            int(line)
+            for line in subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True).stdout.split()
+        ]
+        if not left:
+            return
+        time.sleep(0.1)
+    for pid in left:  # Ray's own watch over its driver takes longer than we have
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("no_ray")
+def test_a_driver_killed_in_every_stage_is_taken_over_by_the_same_command(tmp_path):
+    for number in range(3):
+        write_jsonl(tmp_path / "corpus" / f"{number}.jsonl", sentences(120, start=120 * number))
+    settings = {
+        "corpus": {"uri": str(tmp_path / "corpus")},
+        "encoder": {"precision": "fp32"},
+        "index": {"kind": "ivfpq", "nlist": 8, "m": 32},
+        "search": {"nprobe": 8, "rescore": 50},
+        "compute": {"lease_ttl_s": TTL_S, "unit_passages": 60},
+    }
+    files = {}
+    for name in ("root", "calm"):
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(json.dumps({"root": str(tmp_path / name), **settings}))
+    root = tmp_path / "root"
+    seen: dict[Path, bytes] = {}
+    with (tmp_path / "log").open("wb") as log:
+        for pattern in KILL_AFTER:
+            before = len(list(root.glob(pattern)))
+            process = drive(files["root"], log)
+            try:
+                while len(list(root.glob(pattern))) == before:
+                    assert process.poll() is None, f"{pattern}: it ended with {process.returncode} before it could be killed"
+                    time.sleep(0.002)
+            finally:
+                end_session(process)
+            for path, data in seen.items():
+                assert path.read_bytes() == data, f"{path} was done before and is done again"
+            seen = {path: path.read_bytes() for path in root.rglob("*.json") if path.parent.parent.name != "beats"}
+        outcomes = {}
+        for name, file in files.items():
+            process = drive(file, log)
+            output, _ = process.communicate(timeout=200)
+            assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+            outcomes[name] = json.loads(output)
+    assert outcomes["root"]["encoded"] == 0
+    assert outcomes["root"]["committed"]
+    assert outcomes["root"]["counts"] == outcomes["calm"]["counts"]
+    folders = [tmp_path / name / layout.artifact(outcomes[name]["live"]["artifact"]) for name in files]
+    tables = [pq.read_table(folder / "documents.parquet") for folder in folders]
+    assert tables[0].equals(tables[1])
+    vectors = [np.fromfile(folder / "vectors.f16", dtype="<f2").reshape(360, -1).astype(np.float32) for folder in folders]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=5e-4)  # other batches, other sums; float16 has steps of 1e-4
+    assert folders[0].joinpath("index.faiss").stat().st_size == folders[1].joinpath("index.faiss").stat().st_size
