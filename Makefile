@@ -23,7 +23,7 @@ demo: $(INSTALLED)  ## index the docstrings of the Python standard library and s
 	$(BIN)/vecmill demo
 
 test: $(INSTALLED)  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 soak: $(INSTALLED)  ## longer fault tests: ten thousand publishes under a reader, more orders of events; minutes
 	VECMILL_PUBLISHES=10000 VECMILL_EXAMPLES=300 $(BIN)/python -m pytest tests/faults/test_states.py

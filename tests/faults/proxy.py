@@ -1,7 +1,6 @@
-"""An HTTP proxy before an object store that breaks some of the requests, by a seeded die."""
+"""An HTTP proxy before an object store that breaks some of the requests, kind after kind in turn."""
 
 import asyncio
-import random
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,25 +16,24 @@ KINDS = ("reset", "slow down", "server error", "truncated", "lost reply")
 
 
 class FaultProxy:
-    """``share`` of the requests end in one of ``kinds``; ``broken`` counts them, ``requests`` counts all."""
+    """``share`` of the requests end in one of ``kinds``; ``broken`` counts them, ``requests`` counts all.
 
-    def __init__(self, target: str, share: float, kinds: Sequence[str] = KINDS, seed: int = 0) -> None:
+    Every kind comes before any comes again, so that a few dozen faults meet them all whatever order requests arrive in.
+    """
+
+    def __init__(self, target: str, share: float, kinds: Sequence[str] = KINDS) -> None:
         self.endpoint = ""
         self.share, self.kinds = share, kinds
+        self._owed = 0.0  # faults, by the share of the requests so far
         self.requests = 0
         self.broken: Counter[str] = Counter()
         self._target = target
-        self._die = random.Random(seed)
         self._session: aiohttp.ClientSession | None = None
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
         body = await request.read()
-        fault = self._die.choice(self.kinds) if self._die.random() < self.share else None
-        if fault == "truncated" and request.method != "GET":
-            fault = None  # there is no body to break off
-        if fault:
-            self.broken[fault] += 1
+        fault = self._fault(request.method)
         if fault == "reset":
             return _cut(request)
         if fault == "slow down":
@@ -59,6 +57,15 @@ class FaultProxy:
             return _cut(request)
         await answer.write_eof()
         return answer
+
+    def _fault(self, method: str) -> str | None:
+        self._owed = min(self._owed + self.share, 1.0)
+        fault = min(self.kinds, key=lambda kind: self.broken[kind])
+        if self._owed < 1.0 or (fault == "truncated" and method != "GET"):  # it waits for a request with a body to break off
+            return None
+        self._owed = 0.0
+        self.broken[fault] += 1
+        return fault
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         app = web.Application(client_max_size=1 << 30)

@@ -32,7 +32,7 @@ def test_a_job_over_a_bad_connection_makes_the_right_artifact(tmp_path, s3):
     for number in range(3):
         file = write_jsonl(tmp_path / "c.jsonl", rows[100 * number : 100 * number + 100])
         bucket.put(f"corpus/{number}.jsonl", file.read_bytes())
-    with faults_before(s3.endpoint, share=0.05, seed=3) as proxy:
+    with faults_before(s3.endpoint, share=0.05) as proxy:
         config = make_config(
             bucket.at("root"), bucket.at("corpus"), index={"kind": "ivfpq"}, store=store_behind(proxy, s3),
             search={"cache_dir": str(tmp_path / "cache")},
