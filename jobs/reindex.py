@@ -131,5 +131,7 @@ def _summary(manifest: ArtifactManifest | None) -> dict[str, Any] | None:
             "queries": found.queries,
         },
         "point": found.point.model_dump(),
+        "health": found.health.model_dump() if found.health else None,
+        "verdict": manifest.verdict,
         "labelled": found.labelled,
     }

@@ -59,6 +59,7 @@ def _artifacts(storage: Storage) -> list[dict[str, Any]]:
             "bytes": sum(file.size_bytes for file in manifest.files.values()),
             "index": manifest.index.kind,
             "recall": manifest.evaluation.recall,
+            "verdict": manifest.verdict,
         }
         for manifest in manifests
         if manifest is not None
@@ -76,6 +77,9 @@ def _next(settings: Config, storage: Storage) -> dict[str, int]:
 def _show(found: dict[str, Any]) -> None:
     results.print(f"root      {found['root']}", markup=False)
     results.print(f"live      {found['live'] or 'nothing yet'}", markup=False)
+    for item in found["artifacts"]:
+        if item["artifact"] == found["live"]:
+            results.print(f"index     {item['verdict']}", markup=False)
     results.print(f"writer    {found['writer'] or 'nobody'}", markup=False)
     results.print(f"next      {found['next']['units_to_ingest']} of {found['next']['units']} ingest units changed or new")
     table = Table("artifact", "created", "documents", "passages", "MB", "index", "recall", "commits", box=None)

@@ -73,6 +73,12 @@ class Trained:
         self._ivf.encode_vectors(len(vectors), *pointers, True)
         return codes
 
+    def error(self, vectors: Matrix) -> float:
+        """Mean squared distance of (n, dim) vectors to what their codes decode to."""
+        rotated = rotate(self._index, vectors)
+        decoded = self._ivf.sa_decode(self.encode(vectors, "the sample"))
+        return float(np.square(rotated - decoded).sum(axis=1).mean())
+
     def agreement(self, vectors: Matrix) -> float:
         """Share of vectors whose list is that of their nearest centroid."""
         return self._assign.agreement(rotate(self._index, vectors))

@@ -46,6 +46,11 @@ class Parts:
             found = _best([_shifted(part.search(queries, k), first) for part, first in self._parts], k)
         return found
 
+    def list_sizes(self) -> list[int]:
+        """Vectors in each inverted list, over all files; empty for an index without."""
+        lists = [ivf.invlists for ivf in self._ivfs] if self.lists else []
+        return [sum(part.list_size(number) for part in lists) for number in range(self.lists)]
+
     def contents(self, sample: Ordinals) -> tuple[npt.NDArray[np.int64], Codes]:
         """How often each ordinal is in the index, (n,), and the standalone codes of a sorted sample of them, (s, code size).
 

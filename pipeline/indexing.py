@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import index, layout, operating, recall
-from pipeline.collection import open_collection
+from pipeline import drift, index, layout, operating, recall
+from pipeline.collection import Collection, open_collection
 from pipeline.config import Config
 from pipeline.embeddings import vectors_of
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import fingerprint, sha256
-from pipeline.index_plan import IndexPlan
+from pipeline.index_plan import IndexPlan, is_coded
 from pipeline.index_shard import put_codes
 from pipeline.job import Job
 from pipeline.manifest import (
     ArtifactManifest,
     Evaluation,
+    Health,
     Merged,
     OperatingPoint,
     Record,
@@ -33,6 +34,7 @@ from pipeline.shards import Keys, read_columns, read_keys
 from pipeline.vectors import Vectors
 
 AGREEMENT_SAMPLE = 1000
+HEALTH_SAMPLE = 8192
 
 
 def trained_name(job: Job, plan: IndexPlan, live: Keys) -> tuple[str, recall.Ordinals]:
@@ -77,7 +79,10 @@ def index_request(config: Config) -> dict[str, Any]:
 
 
 def may_reuse(trained: TrainedManifest, plan: IndexPlan, job: Job, passages: int) -> bool:
-    """Whether the live artifact's trained index still fits: same encoder, request and kind, corpus within half and double."""
+    """Whether the live artifact's trained index is worth a try: same encoder, request and kind, corpus within half and double.
+
+    Whether it fits is judged by what is made with it (pipeline.drift).
+    """
     same = (trained.encoder, trained.request, trained.kind) == (job.spec.fingerprint, index_request(job.config), plan.kind)
     return same and trained.passages <= 2 * passages and passages <= 2 * trained.passages
 
@@ -101,7 +106,7 @@ def add(job: Job, shard: Record, trained: TrainedManifest) -> Record:
     return put_codes(job.storage, trained, shard.unit, codes, rates=rates, timings_s=timings)
 
 
-def evaluate(job: Job, merged: Merged, live: Keys) -> Evaluation:
+def evaluate(job: Job, merged: Merged, trained: TrainedManifest, live: Keys) -> Evaluation:
     """Measure recall@k and latency of the merged index on held-out passages or on the config's queries; choose the setting."""
     settings, search = job.config.evaluation, job.config.search
     with local_files(job, merged) as folder:
@@ -113,6 +118,7 @@ def evaluate(job: Job, merged: Merged, live: Keys) -> Evaluation:
         target = job.config.index.target_recall
         measured = operating.measure(collection, truth, target, nprobe=search.nprobe, rescoring=search.rescore)
         best = operating.choose(measured, target, search.max_latency_ms)
+        health = _health(job, collection, trained, live)
     return Evaluation(
         asked=asked(job),
         k=settings.k,
@@ -124,6 +130,7 @@ def evaluate(job: Job, merged: Merged, live: Keys) -> Evaluation:
         gated=len(vectors) >= recall.MIN_GATED_PASSAGES,
         point=best.point,
         points=tuple(each.point for each in measured),
+        health=health,
         labelled=_labelled(job, merged, best.point) if settings.qrels else None,
     )
 
@@ -157,6 +164,13 @@ def stored_vectors(job: Job, keys: Keys) -> recall.Matrix:
         where = job.embeddings.at(job.embedding_folder)
         raise VerificationError(f"{where}: {int(missing.sum())} of {len(keys)} passages have no vector; run embed again")
     return vectors
+
+
+def _health(job: Job, collection: Collection, trained: TrainedManifest, live: Keys) -> Health | None:
+    other_seed = job.config.index.seed + 1  # a sample of its own, not the vectors that were trained on
+    sample = recall.training_sample(live, HEALTH_SAMPLE, other_seed, np.empty(0, dtype=np.int64))
+    opened = _opened(trained_bytes(job.storage, trained)) if is_coded(trained.kind) else None
+    return drift.measure(collection.index.list_sizes(), opened, collection.vectors[sample].astype(np.float32))
 
 
 def _queries(job: Job, vectors: Vectors, live: Keys) -> tuple[recall.Matrix, recall.Ordinals | None]:

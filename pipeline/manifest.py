@@ -108,8 +108,21 @@ class OperatingPoint(BaseModel):
     latency_ms: float
 
 
+class Health(BaseModel):
+    """How well a trained index fits the vectors in it; see pipeline.drift."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lists: int
+    empty_lists: int
+    imbalance: float
+    quantization_error: float | None
+
+
 class Evaluation(Document):
-    """What the index finds of what exact search over the same vectors finds. ``asked``: fingerprint of what was asked for."""
+    """What the index finds of what exact search over the same vectors finds. ``asked``: fingerprint of what was asked for.
+
+    ``health``: None for an index without inverted lists.
+    """
 
     asked: str
     k: int
@@ -121,6 +134,7 @@ class Evaluation(Document):
     gated: bool
     point: OperatingPoint
     points: tuple[OperatingPoint, ...]
+    health: Health | None = None
     labelled: dict[str, dict[str, float]] | None = None
 
 
@@ -163,7 +177,11 @@ class MergeRecord(Merged):
 
 
 class ArtifactManifest(Merged):
-    """The servable folder: every file with its hash, every record it was made from, what it is and how good."""
+    """The servable folder: every file with its hash, every record it was made from, what it is and how good.
+
+    ``baseline``: evaluation of the first artifact with this trained index; ``verdict``: whether the trained index still
+    fitted, in words; ``drifted``: the measures over their limits.
+    """
 
     content: str
     created: str
@@ -172,6 +190,9 @@ class ArtifactManifest(Merged):
     encoder: dict[str, Any]
     index: TrainedManifest
     evaluation: Evaluation
+    baseline: Evaluation
+    verdict: str
+    drifted: tuple[str, ...] = ()
     config: dict[str, Any]
     versions: dict[str, str]
     checksum: str = ""

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pipeline import __version__, layout
 from pipeline.artifact import MANIFEST, read_manifest, verify_file
 from pipeline.coverage import Coverage
+from pipeline.drift import Verdict
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint, sha256
 from pipeline.job import Event, Job
@@ -96,9 +97,10 @@ def require_live(storage: Storage) -> ArtifactManifest:
 
 
 def write_manifest(
-    job: Job, content: str, snapshot: SnapshotManifest, trained: TrainedManifest, merged: MergeRecord, evaluation: Evaluation
+    job: Job, content: str, coverage: Coverage, trained: TrainedManifest, merged: MergeRecord, found: tuple[Evaluation, Verdict]
 ) -> ArtifactManifest:
     """Compose and store the manifest: from here on the folder is an artifact."""
+    snapshot, (evaluation, verdict) = coverage.snapshot, found
     carried = {name: getattr(merged, name) for name in Merged.model_fields} | {"counts": snapshot.counts | merged.counts}
     manifest = ArtifactManifest(
         **carried,
@@ -109,6 +111,9 @@ def write_manifest(
         encoder=job.spec.as_dict() | {"fingerprint": job.spec.fingerprint},
         index=trained,
         evaluation=evaluation,
+        baseline=verdict.baseline or evaluation,
+        verdict=str(verdict),
+        drifted=verdict.reasons,
         config=job.config.model_dump(mode="json", exclude={"store": {"s3"}}),
         versions=_versions(),
     ).sealed()

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline import layout, publish, retries
+from pipeline import drift, layout, publish, retries
 from pipeline.artifact import verify
 from pipeline.config import Config
 from pipeline.coverage import Coverage, cover
@@ -75,21 +75,32 @@ def reindex(
                 say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
             built, live, committed = None, measured or live, bool(measured)
         else:
-            built = build(job, content, coverage, trained, lease, cluster)
+            built = build(job, coverage, trained, live, lease, cluster)
+            if built.drifted:
+                trained, is_new = stages.train(job, coverage, cluster, None)
+                if trained.trained != built.index.trained:
+                    added += stages.add(job, coverage, trained)
+                    built = build(job, coverage, trained, built, lease, cluster)
             committed = go_live and _go_live(job, built, live, lease)
             live = built if committed else live
         return Outcome(job.run_id, snapshot, encoded, is_new, added, built, live, committed, retries.taken())
 
 
 def build(
-    job: Job, content: str, coverage: Coverage, trained: TrainedManifest, lease: Lease, cluster: Cluster
+    job: Job, coverage: Coverage, trained: TrainedManifest, before: ArtifactManifest | None, lease: Lease, cluster: Cluster
 ) -> ArtifactManifest:
-    """Merge and evaluate under a version that no other writer can have: its epoch is in the name."""
+    """Merge, evaluate and judge under a version that no other writer can have: its epoch is in the name.
+
+    ``before``: the artifact that this one follows; with the same trained index its baseline stays the one to compare with.
+    """
+    content = publish.content_name(job, coverage, trained)
     version = f"{lease.epoch:06d}-{content[:12]}"
     publish.check_unused(job.storage, version)
     merged = stages.merge(job, coverage, trained, version)
-    evaluation = stages.evaluate(job, coverage, merged, cluster)
-    return publish.write_manifest(job, content, coverage.snapshot, trained, merged, evaluation)
+    evaluation = stages.evaluate(job, coverage, merged, trained, cluster)
+    verdict = drift.judge(evaluation, trained, before, job.config)
+    job.say(Event("drift", str(verdict), 1, 1))
+    return publish.write_manifest(job, content, coverage, trained, merged, (evaluation, verdict))
 
 
 def tune(config: Config, *, say: Say = lambda _: None) -> ArtifactManifest:
@@ -102,7 +113,7 @@ def tune(config: Config, *, say: Say = lambda _: None) -> ArtifactManifest:
 
 def _measured_again(job: Job, coverage: Coverage, live: ArtifactManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
     """The live artifact with a new measurement, committed: its files stay as they are."""
-    evaluation = stages.evaluate(job, coverage, live, cluster)
+    evaluation = stages.evaluate(job, coverage, live, live.index, cluster)
     measured = live.model_copy(update={"evaluation": evaluation})
     publish.check_gate(measured, job.config.publish.min_recall)
     entry = publish.commit(lease, job.storage, measured, measured_again=True)

@@ -51,9 +51,9 @@ def merge(job: Job, coverage: Coverage, trained: TrainedManifest, version: str) 
     return merged
 
 
-def evaluate(job: Job, coverage: Coverage, merged: Merged, cluster: Cluster) -> Evaluation:
+def evaluate(job: Job, coverage: Coverage, merged: Merged, trained: TrainedManifest, cluster: Cluster) -> Evaluation:
     """Recall of a merged index."""
-    found: Evaluation = run_one(_evaluate, _plain(job), coverage, merged, cluster.node_cpus, cpus=1)
+    found: Evaluation = run_one(_evaluate, _plain(job), coverage, merged, trained, cluster.node_cpus, cpus=1)
     interval = f"{found.recall:.4f} (95 % {found.recall_low:.4f} to {found.recall_high:.4f})"
     setting = f"nprobe {found.point.nprobe}, rescore {found.point.rescore}" if found.point.nprobe else "exact"
     job.say(Event("evaluate", f"recall@{found.k} {interval} over {found.queries} {found.source}, {setting}", 1, 1))
@@ -80,9 +80,9 @@ def _merge(job: Job, coverage: Coverage, trained: TrainedManifest, version: str)
     return merging.merge(Sources(job, files, coverage.left_out, job.embedding_records(), trained), version)
 
 
-def _evaluate(job: Job, coverage: Coverage, merged: Merged, threads: int) -> Evaluation:
+def _evaluate(job: Job, coverage: Coverage, merged: Merged, trained: TrainedManifest, threads: int) -> Evaluation:
     index.set_threads(threads)
-    return indexing.evaluate(job, merged, covered_keys(job, coverage))
+    return indexing.evaluate(job, merged, trained, covered_keys(job, coverage))
 
 
 def _has_live(job: Job, record: Record, live: Keys) -> bool:

@@ -28,7 +28,7 @@ KILLED = {"before", "after", "torn"}
 FATES = ("documents", "rejected", "duplicates", "replaced", "deleted")
 WRITES = ("put", "create", "adopt")
 TTL_S = 0.1
-TIMING = {"created", "version", "timings_s", "checksum", "points", "latency_ms", "point", "asked", "config"}
+TIMING = {"created", "version", "timings_s", "checksum", "points", "latency_ms", "point", "asked", "config", "verdict"}
 """What may differ between two runs to the same end: when, under which epoch, how fast."""
 
 
