@@ -13,7 +13,7 @@ from jobs.reindex import embed, index, ingest, reindex
 from jobs.search import search
 from jobs.status import status
 from jobs.tune import report, tune
-from jobs.upkeep import gc, rollback, unlock
+from jobs.upkeep import gc, purge, rollback, unlock
 from jobs.validate import validate
 from jobs.verify import verify
 from pipeline import __version__
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     reindex, ingest, embed, index, plan, validate, search, evaluate, tune, report, verify, audit, export, status, rollback,
-    gc, unlock, demo,
+    gc, purge, unlock, demo,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -1,4 +1,4 @@
-"""``vecmill rollback``, ``gc``, ``unlock``."""
+"""``vecmill rollback``, ``gc``, ``purge``, ``unlock``."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -49,6 +49,7 @@ def gc(
     overrides: SetOption = None,
     keep: Annotated[int, typer.Option("--keep", min=1, help="Live artifacts to keep, the present one among them")] = 3,
     grace: Annotated[str, typer.Option("--grace", help="Nothing younger is deleted: 36h, 7d")] = "1d",
+    compact: Annotated[bool, typer.Option("--compact", help="Write tiny and mostly dead embedding shards anew")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -57,14 +58,35 @@ def gc(
     from pipeline import upkeep
 
     settings = load_config(config, tuple(overrides or ()))
-    found = upkeep.collect(settings, keep, _duration(grace), dry_run=dry_run, say=_tell)
+    found = upkeep.collect(settings, keep, _duration(grace), compact=compact, dry_run=dry_run, say=_tell)
     if as_json:
         print_json(asdict(found) | {"dry_run": dry_run})
         return
     total = f"{sum(found.files.values())} files, {sum(found.size_bytes.values()) / 1e6:.1f} MB"
     results.print(f"{'would delete' if dry_run else 'deleted'} {total}; kept artifacts {', '.join(found.kept) or 'none'}")
+    if compact:
+        results.print(f"embedding shards: {found.shards_before} {'would become' if dry_run else 'became'} {found.shards_after}")
     for folder in sorted(found.files):
         results.print(f"  {folder}: {found.files[folder]} files, {found.size_bytes[folder] / 1e6:.1f} MB")
+
+
+@command
+def purge(
+    config: ConfigOption,
+    doc_ids: Annotated[list[str], typer.Option("--doc-id", help="A document to erase; repeatable")],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Erase documents that have left the corpus: text, vectors, rejected rows, all earlier artifacts; and prove it."""
+    from pipeline import erasure
+
+    found = erasure.purge(load_config(config, tuple(overrides or ())), doc_ids, _tell)
+    if as_json:
+        print_json(asdict(found))
+        return
+    what = f"{found.passages} passages, {found.rejected} rejected rows, {found.vectors} vectors, {found.files} other files"
+    results.print(f"erased {what}; nothing of {len(doc_ids)} documents is in the {found.searched} files left")
 
 
 @command

@@ -153,7 +153,7 @@ def _mask(storage: Storage, record: Record, fates: Mapping[tuple[str, int], int]
             continue
         found.masked[file.name] = np.array(rows)
         chosen = table.take(pa.array(rows))
-        _count(found.counts, chosen)
+        count_passages(found.counts, chosen)
         conflicts = [
             row
             for row, each in zip(rows, chosen.to_pylist(), strict=True)
@@ -164,7 +164,7 @@ def _mask(storage: Storage, record: Record, fates: Mapping[tuple[str, int], int]
             found.conflicts += [_conflict(each) for each in texts.take(pa.array(conflicts)).to_pylist()]
 
 
-def _count(counts: dict[str, int], masked: Any) -> None:
+def count_passages(counts: dict[str, int], masked: Any) -> None:
     """Take the masked passages off the counts of a snapshot."""
     numbers = masked.column("passage").to_numpy()
     gone = {

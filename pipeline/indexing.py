@@ -34,7 +34,6 @@ from pipeline.shards import Keys, read_columns, read_keys
 from pipeline.vectors import Vectors
 
 AGREEMENT_SAMPLE = 1000
-HEALTH_SAMPLE = 8192
 
 
 def trained_name(job: Job, plan: IndexPlan, live: Keys) -> tuple[str, recall.Ordinals]:
@@ -167,8 +166,10 @@ def stored_vectors(job: Job, keys: Keys) -> recall.Matrix:
 
 
 def _health(job: Job, collection: Collection, trained: TrainedManifest, live: Keys) -> Health | None:
-    other_seed = job.config.index.seed + 1  # a sample of its own, not the vectors that were trained on
-    sample = recall.training_sample(live, HEALTH_SAMPLE, other_seed, np.empty(0, dtype=np.int64))
+    """None for a tiny corpus too: an error over the vectors that were trained on says nothing."""
+    if len(live) < recall.MIN_HELD_OUT_PASSAGES:
+        return None
+    sample = recall.held_out(live, job.config.evaluation.sample, job.config.index.seed)
     opened = _opened(trained_bytes(job.storage, trained)) if is_coded(trained.kind) else None
     return drift.measure(collection.index.list_sizes(), opened, collection.vectors[sample].astype(np.float32))
 

@@ -121,7 +121,7 @@ class Health(BaseModel):
 class Evaluation(Document):
     """What the index finds of what exact search over the same vectors finds. ``asked``: fingerprint of what was asked for.
 
-    ``health``: None for an index without inverted lists.
+    ``health``: None for an index without inverted lists and for a tiny corpus.
     """
 
     asked: str

@@ -24,6 +24,8 @@ GATHERED_FLOATS = 1 << 25
 TIE = 1e-6
 """Scores within this of the k-th exact score count as found: float32 sums differ in their last bits."""
 MIN_GATED_PASSAGES = 100
+MIN_HELD_OUT_PASSAGES = 1000
+"""In a smaller corpus every passage is both a query and trained on."""
 
 
 def key_ranks(keys: Keys, seed: int) -> npt.NDArray[np.uint64]:
@@ -38,15 +40,16 @@ def key_ranks(keys: Keys, seed: int) -> npt.NDArray[np.uint64]:
 
 def held_out(keys: Keys, count: int, seed: int) -> Ordinals:
     """Ordinals of the passages used as queries: at most ``count`` and at most a tenth, but all of a tiny corpus."""
-    limit = len(keys) if len(keys) < 10 * MIN_GATED_PASSAGES else min(count, len(keys) // 10)
+    limit = len(keys) if len(keys) < MIN_HELD_OUT_PASSAGES else min(count, len(keys) // 10)
     return _lowest(key_ranks(keys, seed), min(count, limit))
 
 
 def training_sample(keys: Keys, count: int, seed: int, exclude: Ordinals) -> Ordinals:
-    """Ordinals of a uniform sample of at most ``count`` passages; ``exclude`` is left out while enough others are there."""
+    """Ordinals of a uniform sample of at most ``count`` passages; ``exclude`` is left out but in a tiny corpus."""
     ranks = key_ranks(keys, seed + 1)
-    if len(keys) - len(exclude) >= count:
+    if len(keys) >= MIN_HELD_OUT_PASSAGES:
         ranks[exclude] = np.iinfo(np.uint64).max
+        count = min(count, len(keys) - len(exclude))
     return _lowest(ranks, min(count, len(keys)))
 
 

@@ -4,13 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline import layout, publish
+import numpy as np
+
+from pipeline import compaction, layout, publish
 from pipeline.artifact import MANIFEST, read_manifest, verify, verify_file
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.job import new_run_id
 from pipeline.log import Log, LogEntry, writing
-from pipeline.manifest import ArtifactManifest, Evaluation, Record, SnapshotManifest, TrainedManifest, load
+from pipeline.manifest import ArtifactManifest, Evaluation, Record, SnapshotManifest, TrainedManifest, list_records, load
+from pipeline.shards import Keys, is_among, read_keys
+from pipeline.snapshot import live_keys, parts, snapshot_of
 from pipeline.storage import Storage, Stored
 
 if TYPE_CHECKING:
@@ -23,9 +27,11 @@ LEFTOVERS = (".tmp-", ".scratch-")
 
 @dataclass
 class Collected:
-    """What gc deleted, or would: files and bytes by folder of the root."""
+    """What gc deleted, or would: files and bytes by folder of the root; how many embedding shards became how many."""
 
     kept: tuple[str, ...]
+    shards_before: int = 0
+    shards_after: int = 0
     files: dict[str, int] = field(default_factory=dict)
     size_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -48,21 +54,35 @@ def rollback(config: Config, to: str | None, say: "Callable[[str], None]" = lamb
 
 
 def collect(
-    config: Config, keep: int, grace_s: float, *, dry_run: bool = False, say: "Callable[[str], None]" = lambda _: None
+    config: Config,
+    keep: int,
+    grace_s: float,
+    *,
+    compact: bool = False,
+    dry_run: bool = False,
+    say: "Callable[[str], None]" = lambda _: None,
 ) -> Collected:
     """Delete what the last ``keep`` live artifacts do not need and what is older than the grace period, by the storage's clock.
 
-    Holds the root, so that no run can be using what it deletes. Manifests go first, records before their data: whatever
-    remains of a gc that was killed is found by the next one.
+    ``compact``: then make one embedding shard of many tiny ones, and write those anew that are mostly dead. Holds the root, so
+    that no run can be using what it deletes. Manifests go first, records before their data: whatever remains of a gc that was
+    killed is found by the next one.
     """
+    if compact and config.store.embeddings:
+        raise ConfigError(
+            f"store.embeddings: {config.store.embeddings} is shared with other roots; gc --compact leaves it alone"
+        )
     storage = Storage(config.root, config.store)
     if dry_run:
-        return _collect(storage, config, keep, grace_s, None, dry_run=True)
+        return collect_held(storage, config, keep, grace_s, None, compact=compact)
     with writing(storage, new_run_id(), config.compute.lease_ttl_s, say) as lease:
-        return _collect(storage, config, keep, grace_s, lease.epoch, dry_run=False)
+        return collect_held(storage, config, keep, grace_s, lease.epoch, compact=compact)
 
 
-def _collect(storage: Storage, config: Config, keep: int, grace_s: float, epoch: int | None, *, dry_run: bool) -> Collected:
+def collect_held(
+    storage: Storage, config: Config, keep: int, grace_s: float, epoch: int | None, *, compact: bool = False
+) -> Collected:
+    """``collect`` by a caller who holds the root under ``epoch``; None: only tell what would go."""
     log = Log(storage).refresh()
     commits = _last_commits(log, keep)
     found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
@@ -79,9 +99,31 @@ def _collect(storage: Storage, config: Config, keep: int, grace_s: float, epoch:
         folder = file.path.partition("/")[0]
         found.files[folder] = found.files.get(folder, 0) + 1
         found.size_bytes[folder] = found.size_bytes.get(folder, 0) + file.size_bytes
-        if not dry_run:
+        if epoch is not None:
             storage.delete(file.path)
+    if compact:
+        old = {file.path for file in files if file.modified_s < now - grace_s}
+        _compact(storage, config, commits, old, found, write=epoch is not None)
     return found
+
+
+def _compact(
+    storage: Storage, config: Config, commits: list[LogEntry], old: set[str], found: Collected, *, write: bool
+) -> None:
+    """Compact the shards of each encoder that kept artifacts have; those younger than the grace period stay as they are."""
+    live: dict[str, Keys] = {}
+    for entry in commits:
+        folder = layout.artifact(str(entry.artifact))
+        manifest = read_manifest(storage.read(f"{folder}/{MANIFEST}"), storage.at(folder))
+        keys = live_keys(storage, parts(storage, snapshot_of(storage, manifest)))
+        encoder = str(manifest.encoder["fingerprint"])
+        live[encoder] = np.union1d(live[encoder], keys) if encoder in live else keys
+    for encoder, keys in live.items():
+        store = compaction.Store(storage, Storage(storage.at(layout.EMBEDDINGS), config.store), encoder)
+        records = [record for record in store.records() if f"{layout.EMBEDDINGS}/{encoder}/{record.unit}.json" in old]
+        for shards in compaction.plan(store, keys, records):
+            found.shards_before += len(shards)
+            found.shards_after += 1 if not write else store.rewrite(shards) is not None
 
 
 def _order(file: Stored) -> tuple[int, str]:
@@ -118,12 +160,7 @@ def _needed(storage: Storage, commits: list[LogEntry]) -> Iterator[str]:
         manifest = read_manifest(storage.read(f"{folder}/{MANIFEST}"), storage.at(folder))
         yield from (f"{folder}/{name}" for name in manifest.files)
         yield from _snapshot_files(storage, manifest.snapshot)
-        yield from _trained_files(storage, manifest)
-        store = f"{layout.EMBEDDINGS}/{manifest.encoder['fingerprint']}"
-        for path in storage.list(store):
-            record = load(Record, storage, path) if path.endswith(".json") else None
-            if record and (record.unit in manifest.records or record.rejected):
-                yield from _record_files(store, record)
+        yield from _shard_files(storage, manifest)
 
 
 def _snapshot_files(storage: Storage, name: str) -> Iterator[str]:
@@ -139,17 +176,21 @@ def _snapshot_files(storage: Storage, name: str) -> Iterator[str]:
                 yield from _record_files(layout.PASSAGES, record)
 
 
-def _trained_files(storage: Storage, manifest: ArtifactManifest) -> Iterator[str]:
+def _shard_files(storage: Storage, manifest: ArtifactManifest) -> Iterator[str]:
+    """The trained index, and every shard that has a passage of the artifact."""
     folder = layout.trained(manifest.index.trained)
     yield f"{folder}/manifest.json"
     trained = load(TrainedManifest, storage, f"{folder}/manifest.json")
     if trained and trained.file:
         yield f"{folder}/{trained.file.name}"
-    shards = layout.index_shards(manifest.index.trained)
-    for path in storage.list(shards):
-        record = load(Record, storage, path) if path.endswith(".json") else None
-        if record and record.unit in manifest.records:
-            yield from _record_files(shards, record)
+    live = live_keys(storage, parts(storage, snapshot_of(storage, manifest)))
+    store, shards = f"{layout.EMBEDDINGS}/{manifest.encoder['fingerprint']}", layout.index_shards(manifest.index.trained)
+    for record in list_records(storage, store).values():
+        files = (file for file in (*record.files, record.rejected) if file)
+        if any(is_among(read_keys(storage, store, file), live).any() for file in files):
+            yield from _record_files(store, record)
+            codes = load(Record, storage, f"{shards}/{record.unit}.json")
+            yield from _record_files(shards, codes) if codes else ()
 
 
 def _record_files(folder: str, record: Record) -> Iterator[str]:

@@ -145,7 +145,7 @@ def _weed() -> str:
 def _free_ports(count: int) -> list[int]:
     """Ports below 20000, because SeaweedFS adds 10000 for its gRPC ports."""
     found: list[int] = []
-    candidate = 12000 + os.getpid() % 4000
+    candidate = 12000 + 16 * os.getpid() % 4000  # test processes side by side have neighbouring ids
     while len(found) < count:
         candidate += 1
         with socket.socket() as probe, socket.socket() as grpc, contextlib.suppress(OSError):

@@ -90,17 +90,17 @@ def test_health_is_what_faiss_says(kind):
 @pytest.mark.usefixtures("alone")
 def test_a_corpus_that_drifts_is_trained_for_again_in_the_same_run(tmp_path, monkeypatch):
     config = make_config(tmp_path / "root", tmp_path / "corpus", index={"kind": "ivfpq", "nlist": 16})
-    write_jsonl(tmp_path / "corpus/0.jsonl", sentences(500))
+    write_jsonl(tmp_path / "corpus/0.jsonl", sentences(1000))
     first = reindex(config).live
     assert first.verdict == "trained for this corpus" and first.baseline == first.evaluation
 
-    write_jsonl(tmp_path / "corpus/1.jsonl", sentences(20, 500))
+    write_jsonl(tmp_path / "corpus/1.jsonl", sentences(20, 1000))
     second = reindex(config)
     assert (second.trained, second.encoded, second.live.drifted) == (False, 20, ())
     assert second.live.verdict.startswith("fits still: imbalance ")
     assert second.live.baseline == first.evaluation != second.live.evaluation
 
-    write_jsonl(tmp_path / "corpus/2.jsonl", sentences(400, 520))
+    write_jsonl(tmp_path / "corpus/2.jsonl", sentences(800, 1020))
     scattered = stand_in._vector
 
     def crowded(text, dim):
@@ -109,14 +109,14 @@ def test_a_corpus_that_drifts_is_trained_for_again_in_the_same_run(tmp_path, mon
 
     monkeypatch.setattr(stand_in, "_vector", crowded)
     third = reindex(config)
-    assert (third.trained, third.encoded, third.committed) == (True, 400, True)
-    assert third.index_shards == 2 * 1 + 2  # the new one with the old trained index, then all three with the new
+    assert (third.trained, third.encoded, third.committed) == (True, 800, True)
+    assert third.index_shards == 2 + 5  # of what is new with the old trained index, then all with the new one
     assert third.live.index.trained != first.index.trained
-    assert "because the one before has drifted: quantization error " in third.live.verdict
+    assert "because the one before has drifted: imbalance " in third.live.verdict
     assert third.live.baseline == third.live.evaluation
     artifacts = [read_manifest(file.read_bytes(), str(file)) for file in (tmp_path / "root/artifacts").glob("*/manifest.json")]
     (drifted,) = (artifact for artifact in artifacts if artifact.drifted)
     assert drifted.index.trained == first.index.trained
-    assert third.live.evaluation.health.quantization_error < drifted.evaluation.health.quantization_error
+    assert third.live.evaluation.health.imbalance < drifted.evaluation.health.imbalance
     assert reindex(config).built is None
     assert live_artifact(Storage(config.root, config.store)) == third.live

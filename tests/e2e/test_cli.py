@@ -40,10 +40,8 @@ def indexed(tmp_path_factory):
     done = vecmill("reindex", "-c", file, "--json")
     result = json.loads(done.stdout)
     assert (result["encoded"], result["committed"], result["live"]["recall"]["mean"]) == (300, True, 1.0)
-    lines = done.stderr.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["ingest", "embed", "train", "add", "merge", "evaluate", "publish"], (
-        done.stderr
-    )
+    stages = [line.partition(":")[0] for line in done.stderr.splitlines()]
+    assert stages == ["ingest", "embed", "train", "add", "merge", "evaluate", "drift", "publish"], done.stderr
     assert "\x1b" not in done.stderr + done.stdout
     return file
 
