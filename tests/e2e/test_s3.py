@@ -1,6 +1,8 @@
 """The same job on a real S3 server gives the artifact answers of local files."""
 
 import json
+import os
+import subprocess
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from pipeline.live import open_live
 from pipeline.run import reindex
 from pipeline.storage import Storage
 from tests.conftest import make_config, sentences
-from tests.e2e.test_cli import vecmill
+from tests.e2e.test_cli import VECMILL, vecmill
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -74,3 +76,26 @@ def test_job_on_s3_answers_as_on_local_files(tmp_path, s3, kind, monkeypatch):
     with pytest.raises(VerificationError, match=r"vectors\.f16"):
         artifact.verify(storage, folder)
     assert vecmill("verify", "-c", file, check=False).returncode == 5
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_of_two_runs_at_once_one_works_and_the_other_exits_4(tmp_path, s3):
+    bucket = Storage(f"s3://test/{tmp_path.name}", s3.store_config)
+    bucket.put("corpus/a.jsonl", "".join(json.dumps(row) + "\n" for row in sentences(4000)).encode())
+    keys = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret, "AWS_ENDPOINT_URL": s3.endpoint}
+    environment = os.environ | keys | {"AWS_DEFAULT_REGION": "us-east-1"}
+    environment.pop("RAY_ADDRESS", None)
+    settings = {"root": bucket.at("root"), "corpus": {"uri": bucket.at("corpus")}, "compute": {"lease_ttl_s": 3}}
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(settings))
+    runs = [
+        subprocess.Popen([str(VECMILL), "reindex", "-c", str(file)], stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    told = {run.returncode: errors for run, (_, errors) in [(run, run.communicate(timeout=200)) for run in runs]}
+    assert set(told) == {0, 4}, told
+    assert "another run is writing: " in told[4]
+    assert "is live, commit" in told[0]
+    storage = Storage(bucket.at("root"), s3.store_config)
+    kinds = [json.loads(storage.read(path))["kind"] for path in storage.list("log")]
+    assert kinds == ["acquire", "commit", "release"]
