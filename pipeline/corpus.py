@@ -113,6 +113,13 @@ def _document(row: dict[str, Any] | BadRowError, number: int, part: Slice, colum
     return SourceDocument(doc_id, text, packed, part.uri, number)
 
 
+def rejected_document(document: SourceDocument, code: str, message: str) -> RejectedRow:
+    """A document that kept the contract and is put aside all the same."""
+    text = document.text.encode()
+    where = (document.source_uri, document.source_row, document.doc_id)
+    return RejectedRow(*where, code, message, sha256(text), text_head(text))
+
+
 def read_ids(files: Sequence[tuple[InputFile, str]], corpus: CorpusConfig, store: StoreConfig) -> Iterator[str]:
     """The document id of every row of ``corpus.deletes``; raises DataError on a row without: nothing may stay by accident."""
     for file, kind in files:

@@ -9,7 +9,7 @@ from pipeline.errors import DataError
 from pipeline.job import Event, Job
 from pipeline.manifest import SnapshotManifest
 from pipeline.shards import KEY_DTYPE, Keys, is_among
-from pipeline.snapshot import live_keys, parts
+from pipeline.snapshot import ceiling, live_keys, parts
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,14 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
     found = quarantined_keys(job.embeddings, job.embedding_folder, records)
     live = live_keys(job.storage, parts(job.storage, snapshot))
     found = found[is_among(found, live)]
-    corpus = job.config.corpus
-    ceiling = max(corpus.max_bad_rows, int(corpus.max_bad_fraction * len(live)))
+    most = ceiling(job.config.corpus, len(live))
     if len(found):
         where = f"{job.embeddings.at(job.embedding_folder)}/*.rejected.parquet"
         counts = f"{len(live)} passages = {len(live) - len(found)} with a vector + {len(found)} quarantined"
         job.say(Event("embed", f"{counts}, see {where}"))
-        if len(found) > ceiling or len(found) == len(live):
+        if len(found) > most or len(found) == len(live):
             raise DataError(
-                f"{where}: {len(found)} of {len(live)} passages have no vector, the ceiling is {ceiling}; "
+                f"{where}: {len(found)} of {len(live)} passages have no vector, the ceiling is {most}; "
                 "use another model or precision, or raise corpus.max_bad_fraction / max_bad_rows"
             )
     return Coverage(snapshot, found)

@@ -45,6 +45,7 @@ class Splitter:
     def __init__(self, tokenizer: TextTokenizer, passages: PassagesConfig, document_prompt: str) -> None:
         self._tokenizer = tokenizer
         self._prompt = document_prompt
+        self.prompt = document_prompt.strip()
         self._long = passages.long
         prompt_tokens = max(0, tokenizer.prompt_tokens(document_prompt) - (tokenizer.special_tokens + 1) // 2)
         self._room = tokenizer.max_tokens - tokenizer.special_tokens - prompt_tokens
