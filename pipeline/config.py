@@ -178,6 +178,11 @@ class SearchConfig(Section):
         None, gt=0, description="Search settings are chosen within this time of one query on one thread; default: no limit"
     )
     cache_dir: str | None = Field(None, description="Where artifacts of remote roots are kept; default: ~/.cache/vecmill")
+    cache_size: ByteSize = Field(
+        cast(ByteSize, "50GB"),
+        validate_default=True,
+        description="Room for them: the longest unused go for a new one, never one that is in use",
+    )
 
 
 class S3Config(Section):

@@ -30,6 +30,7 @@ FORMAT_OF_ENDING = {
     ".rst": "text",
 }
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SURROGATES = re.compile(r"[\ud800-\udfff]")
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
 TEXT_HEAD_CHARS = 200
 MAX_ID_CHARS = 2048
@@ -161,7 +162,7 @@ def _text(value: Any, column: str) -> str:
             raise BadRowError("E_UTF8", f"column {column!r} is not UTF-8 at byte {error.start}") from error
     if not isinstance(value, str):
         raise BadRowError("E_TYPE", f"column {column!r} is a {type(value).__name__}, expected a string")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if SURROGATES.search(value):
         raise BadRowError("E_UTF8", f"column {column!r} has a lone surrogate")
     return value
 

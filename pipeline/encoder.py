@@ -107,11 +107,11 @@ class Encoder:
             vectors[row] = self._engine.run([tokens[row]], lengths[row : row + 1], prompt_tokens)[0]
         still = bad[~_are_unit(vectors[bad])]
         if len(still):
-            vectors[still] = self._exact([tokens[row] for row in still], prompt_tokens)
+            exact = self._exact([tokens[row] for row in still], prompt_tokens)
+            vectors[still] = np.where(np.isnan(exact), vectors[still], exact)
         lost = still[~_are_unit(vectors[still])]
+        failed = {int(row): _reason(vectors[row], len(tokens[row])) for row in lost}
         vectors[lost] = np.nan
-        reason = "tokens, vector zero, not finite or out of memory, alone and in fp32"
-        failed = {int(row): f"E_NONFINITE: {len(tokens[row])} {reason}" for row in lost}
         padded = self._engine.padded_tokens - before
         return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
 
@@ -254,6 +254,15 @@ def _check_spec(spec: EncoderSpec) -> ModelFolder:
     if found.fingerprint != spec.fingerprint:
         raise EncoderError(f"{spec.model}: this machine has {found}, the job was planned with {spec}; install the same model")
     return folder
+
+
+def _reason(vector: Vectors, tokens: int) -> str:
+    """Why a text has no vector, alone and in FP32: ``<code>: <reason>``."""
+    if np.isinf(vector).all():
+        return f"E_OOM: {tokens} tokens, no memory for it alone; give the encoder more or lower encoder.max_tokens"
+    if not vector.any():
+        return f"E_ZERO_NORM: {tokens} tokens, its vector is zero, alone and in fp32"
+    return f"E_NONFINITE: {tokens} tokens, its vector is not finite, alone and in fp32"
 
 
 def _lengths(tokens: Sequence[Tokens]) -> Lengths:

@@ -106,7 +106,7 @@ class _Draft:
         self.documents.append((passage_key(document.doc_id), passage_key(document.text), *where))
         source = dict(zip(("source_uri", "source_row", "metadata"), (*where, document.metadata), strict=True))
         self.buffer += [
-            {"doc_id": document.doc_id, "passage": number, **asdict(each), **source} for number, each in enumerate(passages)
+            {"doc_id": document.doc_id, "passage": number, **vars(each), **source} for number, each in enumerate(passages)
         ]
         self.chars += len(document.text)
         if len(self.buffer) >= PART_PASSAGES or self.chars >= PART_CHARS:

@@ -22,6 +22,8 @@ from pipeline.storage import Storage
 
 UNIT_BYTES = 64 << 20
 """Input per ingest unit. Constant, because it decides the names of units and so what is done again."""
+SMALL_BYTES = UNIT_BYTES // 8
+"""Smaller files are read together, in units of at most about so much: some seconds of work each."""
 
 
 class IngestUnit(BaseModel):
@@ -68,13 +70,13 @@ def plan_units(files: Sequence[tuple[InputFile, str]], config: Config, space: st
 
     Small files go to buckets by the hash of their URI, so that one changed file redoes one bucket.
     """
-    small = [(file, kind) for file, kind in files if file.size_bytes < UNIT_BYTES // 8]
-    buckets = 1 << max(0, (sum(file.size_bytes for file, _ in small) // UNIT_BYTES).bit_length())
+    small = [(file, kind) for file, kind in files if file.size_bytes < SMALL_BYTES]
+    buckets = 1 << max(0, (sum(file.size_bytes for file, _ in small) // SMALL_BYTES).bit_length())
     packed: dict[int, list[Slice]] = {}
     units: list[tuple[Slice, ...]] = []
     for file, kind in files:
         part = Slice(uri=file.uri, size_bytes=file.size_bytes, stamp=file.stamp, content=file.content, format=kind)
-        if file.size_bytes < UNIT_BYTES // 8:
+        if file.size_bytes < SMALL_BYTES:
             packed.setdefault(int(fingerprint(file.uri, length=8), 16) % buckets, []).append(part)
         elif kind == "parquet" and file.size_bytes > UNIT_BYTES:
             units += [(run,) for run in _row_group_runs(part, config.store)]

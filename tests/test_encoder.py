@@ -188,6 +188,7 @@ def test_text_that_fits_nowhere_is_among_the_failed(minilm, monkeypatch, when):
         monkeypatch.setattr("pipeline.torch_engine.SentenceTransformer", full)
     encoded = encoder.encode_tokens(tokens)
     assert list(encoded.failed) == [1]
+    assert encoded.failed[1].startswith("E_OOM: ")
     assert np.isfinite(encoded.vectors[[0, 2]]).all()
 
 

@@ -19,6 +19,7 @@ from pipeline.live import live_snapshot
 from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
+from pipeline.quarantine import put_quarantine
 from pipeline.snapshot import check_quality, grown, put_snapshot, snapshot_name, unit_records
 from pipeline.stages.cluster import own_error, tolerant_rows
 from pipeline.stages.pieces import Mortal, in_pieces
@@ -48,7 +49,7 @@ def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     snapshot = _snapshot(
         job, [*older, *([records] if records else [])], files, earlier if generations else None, limit, read_by
     )
-    check_quality(job.storage, snapshot, config)
+    check_quality(job.storage, snapshot, config, lambda: put_quarantine(job, snapshot))
     job.say(Event("ingest", _summary(snapshot.counts, files.ignored), len(units), len(units), snapshot.counts))
     return snapshot
 
