@@ -59,7 +59,7 @@ class Encoder:
         self._folder = _check_spec(spec)
         self.spec = spec
         self.dim = spec.dim
-        self.tokenizer = TextTokenizer(self._folder, spec.max_tokens)
+        self.tokenizer = TextTokenizer(self._folder, spec.max_tokens, spec.prompts)
         self._threads = threads
         self._engine: TorchEngine | OpenVinoEngine
         if spec.backend == "torch":

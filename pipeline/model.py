@@ -75,6 +75,11 @@ class EncoderSpec:
             raise EncoderError(f"{self.query_model}: not the query model that the artifact was made for; install the same one")
         return spec
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Those of documents and of queries."""
+        return self.document_prompt, self.query_prompt
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for manifests and Ray."""
         return asdict(self)
@@ -169,7 +174,9 @@ def resolve_spec(
     if dim > folder.dim:
         raise ConfigError(f"encoder.dim: {dim}, but {model} has {folder.dim} dimensions; lower it")
     files = {"files": folder.files_hash} if dim == folder.dim else {"files": folder.files_hash, "dim": str(dim)}
-    space = fingerprint({**files, "document_prompt": document, "max_tokens": limit, "normalize": True})
+    space = fingerprint(
+        {**files, "document_prompt": document, "max_tokens": limit, "normalize": True, "special_tokens": "spelled out"}
+    )
     spec = EncoderSpec(
         model=model,
         revision=revision,

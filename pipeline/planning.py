@@ -106,7 +106,9 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
 
 
 def _splitter(job: Job) -> Splitter:
-    return Splitter(TextTokenizer(job.model, job.spec.max_tokens), job.config.passages, job.spec.document_prompt)
+    return Splitter(
+        TextTokenizer(job.model, job.spec.max_tokens, job.spec.prompts), job.config.passages, job.spec.document_prompt
+    )
 
 
 def _sizes(plan: IndexPlan, passages: int, dim: int, text_bytes: float, limit: int) -> dict[str, int]:

@@ -193,7 +193,7 @@ def _tokenize_row(row: dict[str, Any], spec: EncoderSpec, storage: Storage) -> d
 
 @lru_cache(maxsize=2)
 def _tokenizer(spec: EncoderSpec) -> TextTokenizer:
-    return TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens)
+    return TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens, spec.prompts)
 
 
 class EncoderActor:
