@@ -5,21 +5,23 @@ rejected rows, and the record comes last.
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import layout
 from pipeline.config import Config
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, rejected_document
 from pipeline.errors import BadFileError
-from pipeline.manifest import DataFile, Record, put_data, put_record
+from pipeline.manifest import DataFile, Record, load, put_data, put_record
 from pipeline.passages import KEY_BYTES, Passage, Splitter, passage_key
-from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes
+from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes, read_columns
 from pipeline.slices import Slice
 from pipeline.storage import Storage
 from pipeline.units import IngestUnit
@@ -69,6 +71,7 @@ COUNTS = ("rows", "documents", "rejected", "skipped_files", "passages", "split",
 CRASHED = "E_CRASH"
 CRASH_HINT = "look at it and at the memory of the machine"
 
+Split = Callable[[Sequence[str]], list[list[Passage]]]
 Place = tuple[str, int | None]
 """URI and row of a document; no row: of the whole file."""
 
@@ -154,7 +157,8 @@ def ingest_unit(
     """
     started = time.perf_counter()
     draft = _Draft(storage, f"{layout.PASSAGES}/{unit.name}", prompt=splitter.prompt)
-    while not _is_read(unit, config, splitter, draft, deadly):
+    split = partial(splitter, known=_counted_before(storage, unit.before))
+    while not _is_read(unit, config, split, draft, deadly):
         draft = _Draft(storage, draft.stem, draft.bad, draft.prompt)  # what a bad file gave before it broke is not kept
     counts = draft.counts | {"skipped_files": len(draft.bad)}
     if counts["rows"] != counts["documents"] + counts["rejected"]:
@@ -185,7 +189,18 @@ def split_documents(unit: IngestUnit, config: Config, splitter: Splitter, wanted
                     splitter([row.text])
 
 
-def _is_read(unit: IngestUnit, config: Config, splitter: Splitter, draft: _Draft, deadly: Collection[Place]) -> bool:
+def _counted_before(storage: Storage, units: Collection[str]) -> dict[bytes, int]:
+    """Tokens of the passages of earlier units by key, but for those that were cut."""
+    found: dict[bytes, int] = {}
+    for record in (load(Record, storage, layout.ingest_record(unit)) for unit in units):
+        for file in record.files if record else ():
+            table = read_columns(storage, layout.PASSAGES, file, ["key", "tokens", "truncated"])
+            table = table.filter(pc.invert(table.column("truncated")))
+            found |= zip(table.column("key").to_pylist(), table.column("tokens").to_pylist(), strict=True)
+    return found
+
+
+def _is_read(unit: IngestUnit, config: Config, split: Split, draft: _Draft, deadly: Collection[Place]) -> bool:
     """Read the slices of a unit that are not bad; False when another one turned out to be, and is now among them."""
     for part in unit.slices:
         if part in draft.bad:
@@ -195,7 +210,7 @@ def _is_read(unit: IngestUnit, config: Config, splitter: Splitter, draft: _Draft
                 raise BadFileError(f"{part.uri}: {CRASHED}, the process that read it died twice; {CRASH_HINT}")
             documents = _documents(part, unit.limit, config, draft, deadly)
             for batch in _batches(documents, BATCH_DOCUMENTS):
-                for document, passages in zip(batch, splitter([each.text for each in batch]), strict=True):
+                for document, passages in zip(batch, split([each.text for each in batch]), strict=True):
                     draft.add(document, passages)
         except BadFileError as error:
             if config.corpus.on_error != "skip_file":

@@ -27,12 +27,16 @@ SMALL_BYTES = UNIT_BYTES // 8
 
 
 class IngestUnit(BaseModel):
-    """What one ingest task reads. ``limit``: at most so many documents (a run with ``--limit``)."""
+    """What one ingest task reads. ``limit``: at most so many documents (a run with ``--limit``).
+
+    ``before``: names of units that read earlier contents of the same files, whose passages need not be counted again.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
     slices: tuple[Slice, ...]
     limit: int | None = None
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,19 @@ def plan_units(files: Sequence[tuple[InputFile, str]], config: Config, space: st
     return [IngestUnit(name=_unit_name(slices, config, space, None), slices=slices) for slices in units]
 
 
+def follow(units: Sequence[IngestUnit], earlier: Iterable[InputFile], config: Config, space: str) -> list[IngestUnit]:
+    """The units, each with those that read its files when they were as ``earlier``: a full export repeats most of its rows."""
+    kinds = {part.uri: part.format for unit in units for part in unit.slices}
+    known = [(file, kinds[file.uri]) for file in earlier if file.uri in kinds]
+    whole = [(file, kind) for file, kind in known if kind != "parquet" or file.size_bytes <= UNIT_BYTES]
+    readers = {part.uri: unit.name for unit in plan_units(whole, config, space) for part in unit.slices}
+    before = [{readers[part.uri] for part in unit.slices if part.uri in readers} - {unit.name} for unit in units]
+    return [unit.model_copy(update={"before": tuple(sorted(names))}) for unit, names in zip(units, before, strict=True)]
+
+
 def limited(unit: IngestUnit, limit: int, config: Config, space: str) -> IngestUnit:
     """The same unit, cut after ``limit`` documents: other content, so another name."""
-    return IngestUnit(name=_unit_name(unit.slices, config, space, limit), slices=unit.slices, limit=limit)
+    return unit.model_copy(update={"name": _unit_name(unit.slices, config, space, limit), "limit": limit})
 
 
 def reading(config: Config, space: str) -> dict[str, Any]:

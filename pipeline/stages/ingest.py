@@ -25,7 +25,7 @@ from pipeline.stages.cluster import own_error, tolerant_rows
 from pipeline.stages.pieces import Mortal, in_pieces
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
-from pipeline.units import CorpusFiles, IngestUnit, deletes_config, identify_files, limited, plan_units, reading
+from pipeline.units import CorpusFiles, IngestUnit, deletes_config, follow, identify_files, limited, plan_units, reading
 
 SHOWN_IGNORED = 3
 TASK_RETRIES = 1
@@ -43,7 +43,7 @@ def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     files = identify_files(config, earlier.files if earlier else ())
     read_by = fingerprint(reading(config, job.spec.space))
     chosen, generations = grown(files.chosen, earlier, read_by, config.corpus.uri) if is_append else (files.chosen, ())
-    units = plan_units(chosen, config, job.spec.space)
+    units = follow(plan_units(chosen, config, job.spec.space), earlier.files if earlier else (), config, job.spec.space)
     records = _limited_records(job, units, limit) if limit else _records(job, units)
     older = list(unit_records(job.storage, earlier)) if earlier and generations else []
     snapshot = _snapshot(

@@ -16,10 +16,10 @@ POISONED_FILE = "poison.jsonl"
 class DeadlySplitter(Splitter):
     """Dies of any document that has the word POISON in it."""
 
-    def __call__(self, texts):
+    def __call__(self, texts, known=None):
         if any(POISON in text for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(texts)
+        return super().__call__(texts, known)
 
 
 def read_or_die(part, *arguments):
