@@ -279,15 +279,6 @@ def resolve_here(precision: str, *, overflows: bool = False) -> str:
     return resolve_precision(precision, on_gpu=on_gpu(), overflows=overflows)
 
 
-def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
-    """Tokens per second of this machine on ``texts``, after a warm-up."""
-    encoder = Encoder(spec)
-    tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
-    encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
-    started = time.perf_counter()
-    return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
-
-
 def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None) -> Encoder:
     """An encoder for queries against vectors made with ``spec``: same space, this machine's own best precision and engine.
 

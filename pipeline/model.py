@@ -166,8 +166,9 @@ def resolve_spec(
         if not request.get("dim") and query_folder.dim != folder.dim:
             raise ConfigError(f"encoder.query_model: {query_folder.dim} dimensions, encoder.model has {folder.dim}; use a pair")
     own_document = next((folder.prompts[name] for name in DOCUMENT_PROMPTS if name in folder.prompts), "")
-    document = _or_else(request.get("document_prompt"), own_document)
-    query = _or_else(request.get("query_prompt"), query_folder.prompts.get("query", ""))
+    asked, asked_query = request.get("document_prompt"), request.get("query_prompt")
+    document = own_document if asked is None else asked
+    query = query_folder.prompts.get("query", "") if asked_query is None else asked_query
     limit, dim = request.get("max_tokens") or folder.max_seq_length, request.get("dim") or folder.dim
     if limit > folder.max_seq_length and (position := _max_positions(folder.path)) < limit:
         raise ConfigError(f"encoder.max_tokens: {limit}, but {model} has {position} positions; lower it")
@@ -203,10 +204,6 @@ def _check_code(path: Path) -> None:
         for name in (named or {}).values():
             if "--" in str(name):
                 raise EncoderError(f"{file}: {name} is code of another repository, of no pinned commit; copy it to the model")
-
-
-def _or_else(value: str | None, default: str) -> str:
-    return default if value is None else value
 
 
 def _locate(model: str, revision: str | None) -> Path:

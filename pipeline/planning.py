@@ -3,6 +3,7 @@
 Nothing is written. Estimates say what they were made from.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES
 from pipeline.live import known_files
 from pipeline.merging import MERGE_COPIES
+from pipeline.model import EncoderSpec
 from pipeline.passages import KEY_BYTES, Splitter
 from pipeline.slices import Slice
 from pipeline.tokenizer import TextTokenizer
@@ -103,6 +105,17 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
         dim=job.spec.dim,
         **sizes,
     )
+
+
+def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
+    """Tokens per second of this machine on ``texts``, after a warm-up."""
+    from pipeline.encoder import Encoder  # loads a model
+
+    encoder = Encoder(spec)
+    tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
+    encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
+    started = time.perf_counter()
+    return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
 
 
 def _splitter(job: Job) -> Splitter:
