@@ -99,9 +99,7 @@ def _run(job: Job, units: list[IngestUnit]) -> list[Record]:
     try:
         for row in tolerant_rows(dataset, LOST_UNITS):
             retries.add(row["retries"])
-            if row["error"]:
-                raise getattr(errors, row["kind"])(row["error"])
-            take(Record.model_validate_json(row["record"]))
+            take(_record_of(row))
     except ray.exceptions.RayError as error:
         raise own_error(error) from error
     finished = {record.unit for record in records}
@@ -159,6 +157,12 @@ def _ingest_row(row: dict[str, Any], config: Config, spec: EncoderSpec, storage:
     except VecmillError as error:
         kind, text = type(error).__name__, str(error)
     return {"record": record, "kind": kind, "error": text, "retries": retries.taken()}
+
+
+def _record_of(row: dict[str, Any]) -> Record:
+    if row["error"]:
+        raise getattr(errors, row["kind"])(row["error"])
+    return Record.model_validate_json(row["record"])
 
 
 class UnitReader:
