@@ -112,7 +112,7 @@ def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> Path:
         raise ConfigError(f"{storage.at(folder)}: no {MANIFEST} there, so no artifact; check the path") from error
     manifest = read_manifest(data, storage.at(path))
     if storage.is_local:
-        for name, file in manifest.files.items():
+        for name, file in manifest.all_files.items():
             if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
                 raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
         return Path(storage.at(folder))
@@ -128,7 +128,7 @@ def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> Path:
 def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, data: bytes, target: Path) -> None:
     copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
     try:
-        for name in manifest.files:
+        for name in manifest.all_files:
             storage.fetch(f"{folder}/{name}".lstrip("/"), copy / name)
         (copy / MANIFEST).write_bytes(data)
         verify(Storage(str(copy)), "")

@@ -13,7 +13,7 @@ from pipeline.corpus import read_ids
 from pipeline.documents import deleted_keys, resolve
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import fingerprint
-from pipeline.job import Event, Job
+from pipeline.job import Event, Job, stage
 from pipeline.live import live_snapshot
 from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
@@ -29,6 +29,7 @@ TASK_RETRIES = 3
 """Ray Data's default is for ever, so a file that kills its process would never end the run."""
 
 
+@stage("ingest")
 def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     """Bring the snapshot up to date; ``limit``: only so many documents. Raises DataError above the ceiling of bad rows."""
     config, earlier = job.config, None

@@ -30,6 +30,15 @@ def vecmill(*arguments: Any, check: bool = True, **options: Any) -> subprocess.C
     return done
 
 
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The last line of a stream of events."""
+    *events, result = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {event["event"] for event in events} == {"stage"}
+    assert result.pop("event") == "result"
+    assert {event["run"] for event in events} == {result["run"]}
+    return result
+
+
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
     """A root made by the command itself, with a Ray of its own."""
@@ -38,7 +47,7 @@ def indexed(tmp_path_factory):
     file = folder / "c.yaml"
     file.write_text(f"root: {folder}/root\ncorpus: {{uri: {folder}/a.jsonl}}\n")
     done = vecmill("reindex", "-c", file, "--json")
-    result = json.loads(done.stdout)
+    result = result_of(done)
     assert (result["encoded"], result["committed"], result["live"]["recall"]["mean"]) == (300, True, 1.0)
     stages = [line.partition(":")[0] for line in done.stderr.splitlines()]
     assert stages == ["ingest", "embed", "train", "add", "merge", "evaluate", "drift", "publish"], done.stderr
@@ -71,7 +80,7 @@ def test_python_dash_m_jobs_is_the_same_program(indexed):
     done = subprocess.run(
         [sys.executable, "-m", "jobs", "verify", "-c", str(indexed)], capture_output=True, text=True, check=True
     )
-    assert "4 files" in done.stdout
+    assert "6 files" in done.stdout
 
 
 def test_status_verify_and_second_reindex(indexed):
@@ -83,7 +92,7 @@ def test_status_verify_and_second_reindex(indexed):
     assert json.loads(vecmill("verify", "-c", indexed, "--json").stdout)["ok"]
     again = vecmill("reindex", "-c", indexed, "--json", "-q")
     assert again.stderr == ""
-    result = json.loads(again.stdout)
+    result = result_of(again)
     assert (result["encoded"], result["trained"], result["index_shards"], result["committed"]) == (0, False, 0, False)
 
 
