@@ -104,6 +104,7 @@ def _bars(axes: "Axes", found: Histogram, what: str, of: str) -> None:
     axes.bar(found.edges[:-1], found.counts, widths, align="edge", color=SERIES)
     axes.set_xlabel(what)
     axes.set_ylabel(of)
+    axes.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _recall(axes: "Axes", account: Account) -> None:
@@ -117,7 +118,8 @@ def _recall(axes: "Axes", account: Account) -> None:
         (-8 if right else 8, -16), textcoords="offset points", ha="right" if right else "left",
     )  # fmt: skip
     axes.axhline(account.target_recall, color=CHOSEN, linewidth=1, linestyle="--")
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=range(2, 10))
+    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("milliseconds per query, one thread")
@@ -150,7 +152,7 @@ def _trimmed(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every plot of the page
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
