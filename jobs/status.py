@@ -1,5 +1,6 @@
 """``vecmill status``: commits, artifacts, who writes and how far, the last runs, what a reindex would do."""
 
+from datetime import timedelta
 from typing import Any
 
 from rich.table import Table
@@ -112,8 +113,7 @@ def _show_runs(runs: list[dict[str, Any]]) -> None:
             f"run       {run['run']} {run['state']}, last sign of life {run['seen']} {run['why']}".rstrip(), markup=False
         )
         for stage in run["stages"] if run["state"] == "running" else ():
-            rate = ", ".join(f"{value:,.0f} {name}/s" for name, value in stage["rate"].items())
-            left = f"{stage['eta_s']:,.0f} s to go" if stage["eta_s"] is not None else ""
-            done = f"{stage['done']} of {stage['total']}" if stage["total"] else ""
-            words = ", ".join(text for text in (done, rate, left) if text) if not stage["ended"] else stage["message"]
-            results.print(f"          {stage['stage']}: {words or 'started'}", markup=False)
+            rates = [f"{value:,.0f} {name}/s" for name, value in stage["rate"].items()]
+            left = [f"{timedelta(seconds=round(stage['eta_s']))} to go"] if stage["eta_s"] is not None else []
+            words = [f"{stage['done']} of {stage['total']}", *rates, *left] if stage["total"] else ["started"]
+            results.print(f"          {stage['stage']}: {stage['message'] or ', '.join(words)}", markup=False)

@@ -6,11 +6,10 @@ Nothing is read that the run would not read anyway but for a few records; what n
 from dataclasses import dataclass
 
 from pipeline import layout
-from pipeline.index_plan import IndexPlan, choose, index_bytes
+from pipeline.index_plan import MERGE_COPIES, IndexPlan, choose, index_bytes
 from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES
 from pipeline.manifest import Document, Record, load, to_bytes
-from pipeline.merging import MERGE_COPIES
 from pipeline.passages import KEY_BYTES
 
 PLAN = "plan.json"

@@ -25,6 +25,8 @@ PROGRESS_INTERVAL_S = 15.0
 INTERVAL_SHARE = 0.01
 """Of the time so far, where that is longer: a day has 500 files, ten days have 740."""
 CLOSE_TIMEOUT_S = 10.0
+LOOKED_AT_RUNS = 4
+"""For each run to find: some are without events, as that of a rollback."""
 
 
 class StageState(BaseModel):
@@ -74,7 +76,7 @@ def journal(job: Job) -> Iterator[Job]:
 def last_runs(storage: Storage, count: int) -> list[RunState]:
     """The last state of the latest runs that wrote any, latest first. One that was killed says it is running."""
     found: list[RunState] = []
-    for folder in reversed(storage.list(layout.RUNS)):
+    for folder in storage.list(layout.RUNS)[: -LOOKED_AT_RUNS * count : -1]:
         files = storage.list(layout.events(folder.rpartition("/")[2]))
         state = load(RunState, storage, files[-1]) if files else None
         if state is not None:

@@ -100,14 +100,18 @@ def _plots(account: Account) -> dict[str, str]:
 
 
 def _bars(axes: "Axes", found: Histogram, what: str, of: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     widths = [end - start for start, end in zip(found.edges, found.edges[1:], strict=False)]
     axes.bar(found.edges[:-1], found.counts, widths, align="edge", color=SERIES)
     axes.set_xlabel(what)
     axes.set_ylabel(of)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _recall(axes: "Axes", account: Account) -> None:
+    from matplotlib.ticker import LogLocator
+
     measured, chosen = account.evaluation.points, account.evaluation.point
     points = sorted(measured, key=lambda point: point.latency_ms)
     axes.plot([point.latency_ms for point in points], [point.recall for point in points], "o", color=SERIES, markersize=4)
@@ -119,7 +123,7 @@ def _recall(axes: "Axes", account: Account) -> None:
     )  # fmt: skip
     axes.axhline(account.target_recall, color=CHOSEN, linewidth=1, linestyle="--")
     axes.set_xscale("log", subs=range(2, 10))
-    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("milliseconds per query, one thread")
@@ -129,7 +133,9 @@ def _recall(axes: "Axes", account: Account) -> None:
 def _svg(draw: "Callable[[Axes], None]") -> str:
     """A plot as an SVG element in the colours of the page, without what only a file of its own would need."""
     import io
+    import logging
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it caches fonts, or has no home to do so, is no news
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

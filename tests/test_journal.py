@@ -1,9 +1,11 @@
 """What a run tells: rates without start-up, states in files, and a storage that is away."""
 
+import json
 import time
 
 import pytest
 
+from jobs.options import print_result, progress
 from jobs.status import _runs
 from pipeline import journal, layout
 from pipeline.errors import DataError
@@ -110,3 +112,18 @@ def test_status_tells_live_runs_from_dead_ones(job):
         assert live["seen"] > dead["seen"] == "2026-01-02T00:00:00+00:00"
     assert load(RunState, storage, f"{layout.events('20260102T000000-live')}/000000.json").state == "running"
     assert [run["state"] for run in _runs(Storage(storage.uri), None)] == ["died", "died"]
+
+
+def test_stream_has_one_line_per_event_and_thins_out_progress(clock, capsys):
+    with progress(quiet=True, as_json=True) as say:
+        say(Event("embed"))
+        for done in range(100):
+            clock[0] += 0.1
+            say(Event("embed", "", done, 100))
+        say(Event("embed", "100 passages encoded", 100, 100))
+    print_result({"encoded": 100})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines] == ["stage"] * (len(lines) - 1) + ["result"]
+    assert 3 <= sum(line.get("total") == 100 and not line["message"] for line in lines[:-1]) <= 5
+    assert lines[-2]["message"] == "100 passages encoded"
+    assert lines[-1] == {"event": "result", "encoded": 100}

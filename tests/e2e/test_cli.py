@@ -49,6 +49,9 @@ def indexed(tmp_path_factory):
     done = vecmill("reindex", "-c", file, "--json")
     result = result_of(done)
     assert (result["encoded"], result["committed"], result["live"]["recall"]["mean"]) == (300, True, 1.0)
+    told = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
+    assert [event["stage"] for event in told if event["ended"]] == ["ingest", "embed", "train", "add", "merge", "evaluate"]
+    assert told[0].keys() >= {"event", "run", "at", "stage", "message", "done", "total", "counts", "elapsed_s", "rate", "eta_s"}
     stages = [line.partition(":")[0] for line in done.stderr.splitlines()]
     assert stages == ["ingest", "embed", "train", "add", "merge", "evaluate", "drift", "publish"], done.stderr
     assert "\x1b" not in done.stderr + done.stdout
@@ -88,12 +91,23 @@ def test_status_verify_and_second_reindex(indexed):
     assert status["next"] == {"files": 1, "units": 1, "units_to_ingest": 0}
     assert status["writer"] is None
     assert status["live"] == status["artifacts"][0]["artifact"] == status["commits"][0]["artifact"]
-    assert "units changed or new" in vecmill("status", "-c", indexed).stdout
+    shown = vecmill("status", "-c", indexed).stdout
+    assert "units changed or new" in shown
+    assert f"{status['runs'][0]['run']} finished, last sign of life" in shown
+    assert (status["runs"][0]["run"], status["runs"][0]["state"]) == (status["commits"][0]["run"], "finished")
     assert json.loads(vecmill("verify", "-c", indexed, "--json").stdout)["ok"]
     again = vecmill("reindex", "-c", indexed, "--json", "-q")
     assert again.stderr == ""
     result = result_of(again)
     assert (result["encoded"], result["trained"], result["index_shards"], result["committed"]) == (0, False, 0, False)
+
+
+def test_report_is_written_as_a_page(indexed, tmp_path):
+    shown = vecmill("report", "-c", indexed, "--html", tmp_path / "report.html").stdout
+    assert "recall@10" in shown
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    refused = vecmill("report", "-c", indexed, "--html", tmp_path / "none" / "report.html", check=False)
+    assert (refused.returncode, "cannot be written" in refused.stderr) == (1, True)
 
 
 def test_plan_writes_nothing_and_is_right(tmp_path):
