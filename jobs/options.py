@@ -32,6 +32,7 @@ SIGNALLED = 128
 STREAM_INTERVAL_S = 3.0
 """Between two progress events of a stage on stdout."""
 PIPE_WIDTH = 160
+SHOWN_RATES = 2
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -81,7 +82,7 @@ def progress(*, quiet: bool = False, as_json: bool = False) -> Iterator[Say]:
     with contextlib.ExitStack() as stack:
         says: list[Say] = [_Stream()] if as_json else []
         if not quiet:
-            says.append(_Bars(stack.enter_context(_bars())) if messages.is_terminal else _tell)
+            says.append(stack.enter_context(_bars(messages)) if messages.is_terminal else _tell)
 
         def tell(event: Event) -> None:
             for say in says:
@@ -114,9 +115,12 @@ def _tell(event: Event) -> None:
         messages.print(f"{event.stage}: {event.message}", markup=False)
 
 
-def _bars() -> Progress:
+@contextmanager
+def _bars(console: Console) -> Iterator[Say]:
     columns = (TextColumn("{task.description:>8}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=messages, transient=True)
+    left = TextColumn("{task.fields[left]}")
+    with Progress(*columns, TimeElapsedColumn(), left, console=console, transient=True) as bars:
+        yield _Bars(bars)
 
 
 class _Bars:
@@ -135,7 +139,7 @@ class _Bars:
             return
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._bars.add_task(event.stage, total=None, rate="", left="")
-        rate = ", ".join(f"{value:,.0f} {name}/s" for name, value in event.rate.items())
+        rate = ", ".join(f"{value:,.0f} {name}/s" for name, value in list(event.rate.items())[:SHOWN_RATES])
         left = "" if event.eta_s is None else f"{timedelta(seconds=round(event.eta_s))} to go"
         self._bars.update(self._tasks[event.stage], total=event.total or None, completed=event.done, rate=rate, left=left)
 

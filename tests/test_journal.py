@@ -1,11 +1,14 @@
 """What a run tells: rates without start-up, states in files, and a storage that is away."""
 
+import io
 import json
+import re
 import time
 
 import pytest
+from rich.console import Console
 
-from jobs.options import print_result, progress
+from jobs.options import _bars, print_result, progress
 from jobs.status import _runs
 from pipeline import journal, layout
 from pipeline.errors import DataError
@@ -127,3 +130,18 @@ def test_stream_has_one_line_per_event_and_thins_out_progress(clock, capsys):
     assert 3 <= sum(line.get("total") == 100 and not line["message"] for line in lines[:-1]) <= 5
     assert lines[-2]["message"] == "100 passages encoded"
     assert lines[-1] == {"event": "result", "encoded": 100}
+
+
+def test_terminal_shows_rate_and_time_to_go(clock):
+    screen = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=160)
+    with _bars(screen) as say:
+        meter = Meter("r", say)
+        for done in (0, 100, 300):
+            clock[0] += 10
+            meter(Event("embed", "", done, 900, {"passages": done, "tokens": 50 * done}))
+        say._bars.refresh()
+        meter(Event("embed", "900 passages encoded", 900, 900))
+    shown = screen.file.getvalue()
+    assert "300/900 20 passages/s, 1,000 tokens/s" in re.sub(r"\x1b\[[\d;?]*\w", "", shown)
+    assert "0:00:30 to go" in re.sub(r"\x1b\[[\d;?]*\w", "", shown)
+    assert "embed: 900 passages encoded" in shown
