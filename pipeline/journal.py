@@ -130,7 +130,7 @@ class _Writer:
 
     def _write(self) -> None:
         began = time.monotonic()
-        number, written = 0, self._state()
+        number, written = self._first_number(), self._state()
         while self._last is None:
             self._news.wait(max(PROGRESS_INTERVAL_S, INTERVAL_SHARE * (time.monotonic() - began)))
             self._news.clear()
@@ -139,6 +139,12 @@ class _Writer:
                 number, written = number + 1, state
             self._end.wait(MIN_INTERVAL_S)
         self._put(number, self._last)
+
+    def _first_number(self) -> int:
+        """A run that is tried again under its name goes on counting."""
+        with contextlib.suppress(StorageError):
+            return len(self._storage.list(layout.events(self._run)))
+        return 0
 
     def _put(self, number: int, state: RunState) -> None:
         with contextlib.suppress(StorageError):  # the next one says it all again

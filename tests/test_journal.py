@@ -80,6 +80,14 @@ def test_states_of_a_run_are_created_once_and_the_last_says_how_it_ended(job, mo
     assert ingest.counts == {"rows": 999}
 
 
+def test_a_run_tried_again_under_its_name_is_the_last_to_be_read(job):
+    for error in (DataError("first"), DataError("second")):
+        with pytest.raises(DataError), journal.journal(job) as written:
+            written.say(Event("ingest"))
+            raise error
+    assert last_runs(job.storage, 5)[0].why == "second"
+
+
 @pytest.mark.parametrize(
     ("error", "state", "why"),
     [(DataError("a.jsonl: no rows"), "failed", "a.jsonl: no rows"), (KeyError("x"), "failed", "KeyError, a bug"),
