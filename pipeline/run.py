@@ -75,7 +75,7 @@ def reindex(
         if live and live.content == content and not rebuild:
             measured = _measured_again(job, coverage, live, lease, cluster) if go_live and is_asked_anew(job, live) else None
             if measured is None:
-                say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
+                job.say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
             built, live, committed = None, measured or live, bool(measured)
         else:
             built = build(job, coverage, trained, live, lease, cluster)
