@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.job import Job, plan_job
 from pipeline.numerics import on_gpu
-from pipeline.planning import Plan, make_plan
+from pipeline.planning import Plan, make_plan, measure_rate
 
 
 @command
@@ -26,8 +26,6 @@ def plan(
 
 
 def _plan(config: Config) -> tuple[Plan, Job]:
-    from pipeline.encoder import measure_rate
-
     job = plan_job(config, on_gpu=on_gpu())
 
     def calibrate(texts: Sequence[str]) -> float:

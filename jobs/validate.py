@@ -11,8 +11,8 @@ import typer
 from jobs.options import ConfigOption, JsonOption, QuietOption, SetOption, VerboseOption, command, print_json, progress, results
 from pipeline.config_file import load_config
 from pipeline.errors import DataError
+from pipeline.ingestion import REJECTED_SCHEMA
 from pipeline.job import Event
-from pipeline.units import REJECTED_SCHEMA
 from pipeline.validation import Validation
 from pipeline.validation import validate as run_validation
 

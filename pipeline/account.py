@@ -4,7 +4,6 @@ Nothing of the corpus itself is in it but counts and file names of the config. M
 part, four numbers of each.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -28,7 +27,6 @@ from pipeline.storage import Storage
 SPAN_COLUMNS = ("start", "end", "tokens", "truncated")
 MAX_COUNTED_TOKENS = 1 << 16
 """Longer passages, of models without a limit, are counted as so long."""
-USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
 
 
 class Numbers(BaseModel):
@@ -200,7 +198,7 @@ def _expected(job: Job, forecast: Forecast, draft: ArtifactManifest, shards: Seq
 
 
 def _lineage(job: Job, draft: ArtifactManifest, shards: Sequence[Record]) -> dict[str, Any]:
-    """Where the artifact comes from: no credentials, neither the config's, which no manifest has, nor those in a URI."""
+    """Where the artifact comes from; like its manifest without credentials."""
     parent = Log(job.storage).refresh().live
     return {
         "parent": parent.artifact if parent else None,
@@ -212,16 +210,8 @@ def _lineage(job: Job, draft: ArtifactManifest, shards: Sequence[Record]) -> dic
         "encoder": draft.encoder,
         "machines": sorted({record.machine for record in shards if record.machine}),
         "versions": draft.versions,
-        "config": _without_users(draft.config),
+        "config": draft.config,
     }
-
-
-def _without_users(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_users(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_users(item) for item in value]
-    return USER_INFO.sub("", value) if isinstance(value, str) else value
 
 
 def _codes(storage: Storage, folder: str, files: Iterable[Any]) -> Iterable[str]:

@@ -6,9 +6,9 @@ is ever fingerprinted; *how* (compute, store) never is, so it can change without
 
 import re
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 Rescore = Literal["float16", "int8", "none"]
 
@@ -17,6 +17,15 @@ class Section(BaseModel):
     """A part of the config: immutable, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads ``no``, ``off`` and ``yes`` as truth values, and those would pass for 0 and 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError(f"found {str(value).lower()} (YAML for yes, no, on and off too); quote it if a word is meant")
+        return value
 
 
 class CorpusConfig(Section):
@@ -178,6 +187,11 @@ class SearchConfig(Section):
         None, gt=0, description="Search settings are chosen within this time of one query on one thread; default: no limit"
     )
     cache_dir: str | None = Field(None, description="Where artifacts of remote roots are kept; default: ~/.cache/vecmill")
+    cache_size: ByteSize = Field(
+        cast(ByteSize, "50GB"),
+        validate_default=True,
+        description="Room for them: the longest unused go for a new one, never one that is in use",
+    )
 
 
 class S3Config(Section):

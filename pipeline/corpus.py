@@ -30,6 +30,7 @@ FORMAT_OF_ENDING = {
     ".rst": "text",
 }
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SURROGATES = re.compile(r"[\ud800-\udfff]")
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
 TEXT_HEAD_CHARS = 200
 MAX_ID_CHARS = 2048
@@ -113,6 +114,13 @@ def _document(row: dict[str, Any] | BadRowError, number: int, part: Slice, colum
     return SourceDocument(doc_id, text, packed, part.uri, number)
 
 
+def rejected_document(document: SourceDocument, code: str, message: str) -> RejectedRow:
+    """A document that kept the contract and is put aside all the same."""
+    text = document.text.encode()
+    where = (document.source_uri, document.source_row, document.doc_id)
+    return RejectedRow(*where, code, message, sha256(text), text_head(text))
+
+
 def read_ids(files: Sequence[tuple[InputFile, str]], corpus: CorpusConfig, store: StoreConfig) -> Iterator[str]:
     """The document id of every row of ``corpus.deletes``; raises DataError on a row without: nothing may stay by accident."""
     for file, kind in files:
@@ -154,7 +162,7 @@ def _text(value: Any, column: str) -> str:
             raise BadRowError("E_UTF8", f"column {column!r} is not UTF-8 at byte {error.start}") from error
     if not isinstance(value, str):
         raise BadRowError("E_TYPE", f"column {column!r} is a {type(value).__name__}, expected a string")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if SURROGATES.search(value):
         raise BadRowError("E_UTF8", f"column {column!r} has a lone surrogate")
     return value
 

@@ -8,8 +8,9 @@ from pipeline.embeddings import quarantined_keys
 from pipeline.errors import DataError
 from pipeline.job import Event, Job
 from pipeline.manifest import SnapshotManifest
+from pipeline.quarantine import put_quarantine
 from pipeline.shards import KEY_DTYPE, Keys, is_among
-from pipeline.snapshot import live_keys, parts
+from pipeline.snapshot import ceiling, live_keys, parts
 
 
 @dataclass(frozen=True)
@@ -21,25 +22,29 @@ class Coverage:
 
 
 def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
-    """What an index of the snapshot covers. Raises DataError when more is left out than the config accepts, or all."""
-    records = job.embedding_records()
-    if not any(record.rejected for record in records):
-        return Coverage(snapshot, np.empty(0, dtype=KEY_DTYPE))
-    found = quarantined_keys(job.embeddings, job.embedding_folder, records)
-    live = live_keys(job.storage, parts(job.storage, snapshot))
-    found = found[is_among(found, live)]
-    corpus = job.config.corpus
-    ceiling = max(corpus.max_bad_rows, int(corpus.max_bad_fraction * len(live)))
-    if len(found):
-        where = f"{job.embeddings.at(job.embedding_folder)}/*.rejected.parquet"
-        counts = f"{len(live)} passages = {len(live) - len(found)} with a vector + {len(found)} quarantined"
+    """What an index of the snapshot covers; whatever it does not goes to the quarantine of the run.
+
+    Raises DataError when more passages are left out than the config accepts, or all.
+    """
+    records, total, left_out = job.embedding_records(), 0, np.empty(0, dtype=KEY_DTYPE)
+    if any(record.rejected for record in records):
+        live = live_keys(job.storage, parts(job.storage, snapshot))
+        found = quarantined_keys(job.embeddings, job.embedding_folder, records)
+        total, left_out = len(live), found[is_among(found, live)]
+    rejected = snapshot.counts["rejected"]
+    where = put_quarantine(job, snapshot, left_out) if rejected or len(left_out) else ""
+    if len(left_out):
+        counts = f"{total} passages = {total - len(left_out)} with a vector + {len(left_out)} quarantined"
         job.say(Event("embed", f"{counts}, see {where}"))
-        if len(found) > ceiling or len(found) == len(live):
+        most = ceiling(job.config.corpus, total)
+        if len(left_out) > most or len(left_out) == total:
             raise DataError(
-                f"{where}: {len(found)} of {len(live)} passages have no vector, the ceiling is {ceiling}; "
+                f"{where}: {len(left_out)} of {total} passages have no vector, the ceiling is {most}; "
                 "use another model or precision, or raise corpus.max_bad_fraction / max_bad_rows"
             )
-    return Coverage(snapshot, found)
+    elif where:
+        job.say(Event("embed", f"the rejected rows, {rejected}, are in {where}"))
+    return Coverage(snapshot, left_out)
 
 
 def covered_keys(job: Job, coverage: Coverage) -> Keys:

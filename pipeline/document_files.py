@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.ingestion import PASSAGE_SCHEMA
 from pipeline.manifest import DocumentsFile
 from pipeline.recall import Ordinals
-from pipeline.units import PASSAGE_SCHEMA
 
 ROW_GROUP_ROWS = 512
 """Rows read to show one hit."""

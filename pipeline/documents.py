@@ -16,11 +16,11 @@ import pyarrow as pa
 from pipeline import layout
 from pipeline.corpus import RejectedRow, text_head
 from pipeline.fingerprint import sha256
+from pipeline.ingestion import DOCUMENT_SCHEMA
 from pipeline.manifest import DataFile, Record
 from pipeline.passages import passage_key
 from pipeline.shards import KEY_DTYPE, Keys, is_among, keys_of, read_columns
 from pipeline.storage import Storage
-from pipeline.units import DOCUMENT_SCHEMA
 
 KEPT, DUPLICATE, REPLACED, DELETED, CONFLICT = range(5)
 FATES = ("documents", "duplicates", "replaced", "deleted", "rejected")

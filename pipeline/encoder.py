@@ -59,7 +59,7 @@ class Encoder:
         self._folder = _check_spec(spec)
         self.spec = spec
         self.dim = spec.dim
-        self.tokenizer = TextTokenizer(self._folder, spec.max_tokens)
+        self.tokenizer = TextTokenizer(self._folder, spec.max_tokens, spec.prompts)
         self._threads = threads
         self._engine: TorchEngine | OpenVinoEngine
         if spec.backend == "torch":
@@ -107,11 +107,11 @@ class Encoder:
             vectors[row] = self._engine.run([tokens[row]], lengths[row : row + 1], prompt_tokens)[0]
         still = bad[~_are_unit(vectors[bad])]
         if len(still):
-            vectors[still] = self._exact([tokens[row] for row in still], prompt_tokens)
+            exact = self._exact([tokens[row] for row in still], prompt_tokens)
+            vectors[still] = np.where(np.isnan(exact), vectors[still], exact)
         lost = still[~_are_unit(vectors[still])]
+        failed = {int(row): _reason(vectors[row], len(tokens[row])) for row in lost}
         vectors[lost] = np.nan
-        reason = "tokens, vector zero, not finite or out of memory, alone and in fp32"
-        failed = {int(row): f"E_NONFINITE: {len(tokens[row])} {reason}" for row in lost}
         padded = self._engine.padded_tokens - before
         return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
 
@@ -256,6 +256,15 @@ def _check_spec(spec: EncoderSpec) -> ModelFolder:
     return folder
 
 
+def _reason(vector: Vectors, tokens: int) -> str:
+    """Why a text has no vector, alone and in FP32: ``<code>: <reason>``."""
+    if np.isinf(vector).all():
+        return f"E_OOM: {tokens} tokens, no memory for it alone; give the encoder more or lower encoder.max_tokens"
+    if not vector.any():
+        return f"E_ZERO_NORM: {tokens} tokens, its vector is zero, alone and in fp32"
+    return f"E_NONFINITE: {tokens} tokens, its vector is not finite, alone and in fp32"
+
+
 def _lengths(tokens: Sequence[Tokens]) -> Lengths:
     return np.fromiter((len(ids) for ids in tokens), dtype=np.int64, count=len(tokens))
 
@@ -268,15 +277,6 @@ def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:
 def resolve_here(precision: str, *, overflows: bool = False) -> str:
     """``auto`` resolved for encoders on this machine."""
     return resolve_precision(precision, on_gpu=on_gpu(), overflows=overflows)
-
-
-def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
-    """Tokens per second of this machine on ``texts``, after a warm-up."""
-    encoder = Encoder(spec)
-    tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
-    encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
-    started = time.perf_counter()
-    return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
 
 
 def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None) -> Encoder:

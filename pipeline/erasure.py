@@ -20,13 +20,13 @@ from pipeline.compaction import Store
 from pipeline.config import Config
 from pipeline.documents import count_passages, deleted_keys
 from pipeline.errors import ConfigError, VerificationError
+from pipeline.ingestion import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, REJECTED_SCHEMA
 from pipeline.job import new_run_id
 from pipeline.log import writing
 from pipeline.manifest import DataFile, Record, SnapshotManifest, list_records, put_data, to_bytes
 from pipeline.shards import KEY_DTYPE, Keys, is_among, keys_of, parquet_bytes, read_columns
 from pipeline.snapshot import MASKED_SCHEMA, live_keys, parts, snapshot_of, unit_records
 from pipeline.storage import Storage, Stored
-from pipeline.units import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, REJECTED_SCHEMA
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from pipeline.embeddings import open_embeddings, vectors_of
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.index_plan import is_coded, standalone_bytes
 from pipeline.index_shard import open_codes
+from pipeline.ingestion import PASSAGE_SCHEMA
 from pipeline.job import Job
 from pipeline.manifest import DocumentsFile, Record, TrainedManifest
 from pipeline.shards import KEY_DTYPE, ROW_GROUP_ROWS, Cursor, Keys, is_among, keys_of, to_rows
 from pipeline.snapshot import Part
-from pipeline.units import PASSAGE_SCHEMA
 
 RANGE_PASSAGES = 1 << 12
 ROWS_PER_SHARD = 1 << 6

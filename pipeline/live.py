@@ -1,17 +1,14 @@
 """The live artifact on this machine: found through the log, copied here when it is remote, opened, asked."""
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import layout
-from pipeline.artifact import MANIFEST, read_manifest, verify
+from pipeline.artifact import MANIFEST, read_manifest
+from pipeline.cache import Hold, cached
 from pipeline.config import Config, SearchConfig, StoreConfig
-from pipeline.errors import ConfigError, StorageError, VerificationError
-from pipeline.fingerprint import sha256
+from pipeline.errors import ConfigError, VerificationError
 from pipeline.log import Log
 from pipeline.manifest import ArtifactManifest, InputFile, SnapshotManifest, load
 from pipeline.model import EncoderSpec, resolve_spec
@@ -22,11 +19,12 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Opened:
-    """An artifact ready to be searched, and the encoder spec that its queries need."""
+    """An artifact ready to be searched, and the encoder spec that its queries need. ``hold``: on the copy of a remote one."""
 
     manifest: ArtifactManifest
     searcher: Searcher
     spec: EncoderSpec
+    hold: Hold | None = None
 
 
 def live_snapshot(storage: Storage) -> SnapshotManifest | None:
@@ -49,8 +47,8 @@ def open_live(config: Config) -> Opened:
     storage = Storage(config.root, config.store)
     manifest = require_live(storage)
     spec = config_spec(config, manifest)
-    folder = _local_folder(storage, layout.artifact(manifest.version), config.search)
-    return Opened(manifest, Searcher(folder, manifest, _point(manifest, config.search)), spec)
+    folder, hold = _local_folder(storage, layout.artifact(manifest.version), config.search)
+    return Opened(manifest, Searcher(folder, manifest, _point(manifest, config.search)), spec, hold)
 
 
 def open_uri(
@@ -62,7 +60,7 @@ def open_uri(
     """
     search = search or SearchConfig()
     storage = Storage(uri, store)
-    folder = _local_folder(storage, "", search)
+    folder, hold = _local_folder(storage, "", search)
     manifest = read_manifest((folder / MANIFEST).read_bytes(), storage.at(MANIFEST))
     spec = spec_of(manifest)
     if spec.trust_remote_code and not trust_remote_code:
@@ -70,7 +68,7 @@ def open_uri(
             f"{uri}: its model {spec.query_model or spec.model} runs code of its own; search with a config that has "
             "encoder.trust_remote_code: true if you trust it"
         )
-    return Opened(manifest, Searcher(folder, manifest, _point(manifest, search)), spec)
+    return Opened(manifest, Searcher(folder, manifest, _point(manifest, search)), spec, hold)
 
 
 def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
@@ -103,43 +101,20 @@ def _point(manifest: ArtifactManifest, search: SearchConfig) -> Any:
     return point.model_copy(update={name: value for name, value in wanted.items() if value is not None})
 
 
-def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> Path:
-    """The artifact as a local folder: in place, or a verified copy in the cache, named by the manifest's hash."""
+def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> tuple[Path, Hold | None]:
+    """The artifact as a local folder: in place, or a verified copy in the cache with what keeps it there."""
     path = f"{folder}/{MANIFEST}".lstrip("/")
     try:
         data = storage.read(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{storage.at(folder)}: no {MANIFEST} there, so no artifact; check the path") from error
     manifest = read_manifest(data, storage.at(path))
-    if storage.is_local:
-        for name, file in manifest.all_files.items():
-            if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
-                raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
-        return Path(storage.at(folder))
-    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    cache = Path(search.cache_dir or f"{caches}/vecmill").expanduser()
-    target = cache / sha256(data)[:32]
-    if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        _copy(storage, folder, manifest, data, target)
-    return target
-
-
-def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, data: bytes, target: Path) -> None:
-    copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
-    try:
-        for name in manifest.all_files:
-            storage.fetch(f"{folder}/{name}".lstrip("/"), copy / name)
-        (copy / MANIFEST).write_bytes(data)
-        verify(Storage(str(copy)), "")
-        copy.replace(target)
-    except FileNotFoundError as error:
-        raise VerificationError(f"{error}; the manifest lists it, restore or rebuild the artifact") from error
-    except OSError as error:
-        if not target.is_dir():  # else another process was faster with the same artifact
-            raise StorageError(f"{target}: cannot be written, {error}; set search.cache_dir") from error
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
+    if not storage.is_local:
+        return cached(storage, folder, manifest, data, search)
+    for name, file in manifest.all_files.items():
+        if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
+            raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
+    return Path(storage.at(folder)), None
 
 
 def query_spec(opened: Opened, config: Config | None) -> EncoderSpec:

@@ -75,6 +75,11 @@ class EncoderSpec:
             raise EncoderError(f"{self.query_model}: not the query model that the artifact was made for; install the same one")
         return spec
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Those of documents and of queries."""
+        return self.document_prompt, self.query_prompt
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for manifests and Ray."""
         return asdict(self)
@@ -161,15 +166,18 @@ def resolve_spec(
         if not request.get("dim") and query_folder.dim != folder.dim:
             raise ConfigError(f"encoder.query_model: {query_folder.dim} dimensions, encoder.model has {folder.dim}; use a pair")
     own_document = next((folder.prompts[name] for name in DOCUMENT_PROMPTS if name in folder.prompts), "")
-    document = _or_else(request.get("document_prompt"), own_document)
-    query = _or_else(request.get("query_prompt"), query_folder.prompts.get("query", ""))
+    asked, asked_query = request.get("document_prompt"), request.get("query_prompt")
+    document = own_document if asked is None else asked
+    query = query_folder.prompts.get("query", "") if asked_query is None else asked_query
     limit, dim = request.get("max_tokens") or folder.max_seq_length, request.get("dim") or folder.dim
     if limit > folder.max_seq_length and (position := _max_positions(folder.path)) < limit:
         raise ConfigError(f"encoder.max_tokens: {limit}, but {model} has {position} positions; lower it")
     if dim > folder.dim:
         raise ConfigError(f"encoder.dim: {dim}, but {model} has {folder.dim} dimensions; lower it")
     files = {"files": folder.files_hash} if dim == folder.dim else {"files": folder.files_hash, "dim": str(dim)}
-    space = fingerprint({**files, "document_prompt": document, "max_tokens": limit, "normalize": True})
+    space = fingerprint(
+        {**files, "document_prompt": document, "max_tokens": limit, "normalize": True, "special_tokens": "spelled out"}
+    )
     spec = EncoderSpec(
         model=model,
         revision=revision,
@@ -196,10 +204,6 @@ def _check_code(path: Path) -> None:
         for name in (named or {}).values():
             if "--" in str(name):
                 raise EncoderError(f"{file}: {name} is code of another repository, of no pinned commit; copy it to the model")
-
-
-def _or_else(value: str | None, default: str) -> str:
-    return default if value is None else value
 
 
 def _locate(model: str, revision: str | None) -> Path:

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.index_parts import one_thread
 from pipeline.manifest import OperatingPoint
 from pipeline.recall import Matrix, Ordinals, Recall, drop_self, exact_search, recall, score, top
-from pipeline.vectors import Vectors
+from pipeline.vectors import Int8Vectors, Vectors, gather
 
 LATENCY_QUERIES = 50
 RESCORE_STEPS = (5, 10, 20, 50, 100)
@@ -24,7 +24,7 @@ HARDLY_MORE = 1.1
 HARDLY_MORE_MS = 0.1
 """Times nearer than this are noise: small indexes then take the setting that finds most, on any machine."""
 ENOUGH_GAIN = 0.0005
-"""Visiting more lists ends when that many more of the neighbours are all that it finds."""
+"""A setting that finds no more than that share of the neighbours above a cheaper one is not worth having."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,17 @@ def measure(
     More lists are visited until ``target`` is reached and more would find hardly more.
     """
     total = collection.index.lists
+    scores = Scores(collection.rescorer, truth.queries) if collection.rescorer is not None else None
     steps = [0] if not total or collection.rescorer is None else [rescoring] if rescoring is not None else list(RESCORE_STEPS)
     found: list[tuple[int, int, Recall]] = []
     last = 0.0
     for lists in [nprobe] if nprobe and total else _ladder(total):
-        found += [(lists, step, value) for step, value in _recalls(collection, truth, lists, steps)]
+        found += [(lists, step, value) for step, value in _recalls(collection, truth, scores, lists, steps)]
         best = found[-1][2].mean
         if best >= target and best - last < ENOUGH_GAIN:
             break
         last = best
-    kept = [
-        (lists, step, value)
-        for lists, step, value in found
-        if not any(
-            other.mean >= value.mean and (lists_, step_) != (lists, step) and lists_ <= lists and step_ <= step
-            for lists_, step_, other in found
-        )
-    ]
-    return [_timed(collection, truth, lists, step, value) for lists, step, value in kept]
+    return [_timed(collection, truth, lists, step, value) for lists, step, value in _worthwhile(found, target)]
 
 
 def choose(measured: Sequence[Measured], target: float, max_latency_ms: float | None) -> Measured:
@@ -121,13 +114,59 @@ def _ladder(lists: int) -> list[int]:
     return [*sorted(steps), lists]
 
 
-def _recalls(collection: Collection, truth: Truth, nprobe: int, steps: Sequence[int]) -> list[tuple[int, Recall]]:
+def _worthwhile(found: Sequence[tuple[int, int, Recall]], target: float) -> list[tuple[int, int, Recall]]:
+    """Settings that no cheaper one equals, nearly: one that alone reaches the target is worth having for the least gain."""
+    kept: list[tuple[int, int, Recall]] = []
+    for lists, step, value in sorted(found, key=lambda each: each[:2]):
+        rivals = [other.mean for lists_, step_, other in kept if lists_ <= lists and step_ <= step]
+        best = max(rivals, default=-1.0)
+        if value.mean >= best + ENOUGH_GAIN or best < target <= value.mean:
+            kept.append((lists, step, value))
+    return kept
+
+
+class Scores:
+    """Exact scores of candidates, each computed once: the candidates of one setting are mostly those of another.
+
+    Takes 12 bytes per query and distinct candidate, and the time of one query's candidates after the other, which fit a cache.
+    """
+
+    def __init__(self, vectors: Vectors | Int8Vectors, queries: Matrix) -> None:
+        self._vectors, self._queries = vectors, queries
+        self._ordinals = [np.array([-1]) for _ in queries]
+        self._scores = [np.array([-np.inf], dtype=np.float32) for _ in queries]
+
+    def __call__(self, candidates: Ordinals) -> Matrix:
+        """Float32 scores of (q, c) ordinals, those of a row distinct; -inf for ordinal -1."""
+        found = np.empty(candidates.shape, dtype=np.float32)
+        for row, wanted in enumerate(candidates):
+            places = self._places(row, wanted)
+            is_new = self._ordinals[row][places] != wanted
+            if is_new.any():
+                self._learn(row, wanted[is_new])
+                places = self._places(row, wanted)
+            found[row] = self._scores[row][places]
+        return found
+
+    def _places(self, row: int, wanted: Ordinals) -> Ordinals:
+        return np.searchsorted(self._ordinals[row], wanted).clip(max=len(self._ordinals[row]) - 1)
+
+    def _learn(self, row: int, fresh: Ordinals) -> None:
+        ordinals = np.concatenate([self._ordinals[row], fresh])
+        scores = np.concatenate([self._scores[row], gather(self._vectors, fresh) @ self._queries[row]])
+        order = np.argsort(ordinals)
+        self._ordinals[row], self._scores[row] = ordinals[order], scores[order]
+
+
+def _recalls(
+    collection: Collection, truth: Truth, exact: Scores | None, nprobe: int, steps: Sequence[int]
+) -> list[tuple[int, Recall]]:
     """Recall of one nprobe for each depth of re-scoring, from one search."""
     k = truth.k if truth.own is None else truth.k + 1
     depth = min(width(k, max(steps)), max(1, len(collection.vectors)))
     scores, candidates = collection.index.search(truth.queries, depth, nprobe)
-    if collection.rescorer is not None and max(steps):
-        scores = score(collection.rescorer, truth.queries, candidates)
+    if exact is not None and max(steps):
+        scores = exact(candidates)
     recalls = []
     for step in steps:
         wide = width(k, step)

@@ -7,7 +7,7 @@ fit. Spans are character offsets in the normalised document.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import PassagesConfig
@@ -45,6 +45,7 @@ class Splitter:
     def __init__(self, tokenizer: TextTokenizer, passages: PassagesConfig, document_prompt: str) -> None:
         self._tokenizer = tokenizer
         self._prompt = document_prompt
+        self.prompt = document_prompt.strip()
         self._long = passages.long
         prompt_tokens = max(0, tokenizer.prompt_tokens(document_prompt) - (tokenizer.special_tokens + 1) // 2)
         self._room = tokenizer.max_tokens - tokenizer.special_tokens - prompt_tokens
@@ -58,17 +59,20 @@ class Splitter:
                 f"passages.overlap: {self._overlap} is over half of the {self._room} tokens of a window; lower it"
             )
 
-    def __call__(self, texts: Sequence[str]) -> list[list[Passage]]:
-        """The passages of each text, in order; at least one."""
-        counts = self._tokenizer.count([self._prompt + text for text in texts])
-        return [self._passages(text, count) for text, count in zip(texts, counts, strict=True)]
+    def __call__(self, texts: Sequence[str], known: Mapping[bytes, int] | None = None) -> list[list[Passage]]:
+        """The passages of each text, in order; at least one. ``known``: tokens of whole passages by key, counted before."""
+        keys = [passage_key(text) for text in texts]
+        counts = {key: known[key] for key in keys if key in known} if known else {}
+        fresh = {key: self._prompt + text for key, text in zip(keys, texts, strict=True) if key not in counts}
+        counts |= zip(fresh, self._tokenizer.count(list(fresh.values())), strict=True)
+        return [self._passages(text, key, counts[key]) for text, key in zip(texts, keys, strict=True)]
 
-    def _passages(self, text: str, count: int) -> list[Passage]:
+    def _passages(self, text: str, key: bytes, count: int) -> list[Passage]:
         limit = self._tokenizer.max_tokens
         if count <= limit:
-            return [Passage(passage_key(text), 0, len(text), text, count)]
+            return [Passage(key, 0, len(text), text, count)]
         if self._long == "truncate":
-            return [Passage(passage_key(text), 0, len(text), text, limit, truncated=True)]
+            return [Passage(key, 0, len(text), text, limit, truncated=True)]
         return self._windows(text)
 
     def _windows(self, text: str) -> list[Passage]:

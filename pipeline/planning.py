@@ -3,6 +3,7 @@
 Nothing is written. Estimates say what they were made from.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,7 @@ from pipeline.formats import count_rows
 from pipeline.index_plan import IndexPlan, choose
 from pipeline.job import Job
 from pipeline.live import known_files
+from pipeline.model import EncoderSpec
 from pipeline.numerics import cpu_threads, machine_name
 from pipeline.passages import Splitter
 from pipeline.slices import Slice
@@ -114,8 +116,21 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     )
 
 
+def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
+    """Tokens per second of this machine on ``texts``, after a warm-up."""
+    from pipeline.encoder import Encoder  # loads a model
+
+    encoder = Encoder(spec)
+    tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
+    encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
+    started = time.perf_counter()
+    return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
+
+
 def _splitter(job: Job) -> Splitter:
-    return Splitter(TextTokenizer(job.model, job.spec.max_tokens), job.config.passages, job.spec.document_prompt)
+    return Splitter(
+        TextTokenizer(job.model, job.spec.max_tokens, job.spec.prompts), job.config.passages, job.spec.document_prompt
+    )
 
 
 def _usable_sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], int]:

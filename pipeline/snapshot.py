@@ -4,7 +4,7 @@ A snapshot is named by what it is made from, so the same corpus has the same sna
 units of earlier snapshots stay, oldest generation first.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -14,14 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import layout
-from pipeline.config import Config
+from pipeline.config import Config, CorpusConfig
 from pipeline.documents import Resolution
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint
+from pipeline.ingestion import COUNTS, REJECTED_SCHEMA
 from pipeline.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, to_bytes
 from pipeline.shards import KEY_DTYPE, Keys, keys_of, parquet_bytes, read_columns
 from pipeline.storage import Storage
-from pipeline.units import COUNTS, REJECTED_SCHEMA
 
 MASKED_SCHEMA = pa.schema([pa.field("part", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False)])
 SHOWN_REJECTED = 3
@@ -85,16 +85,24 @@ def put_snapshot(
     return snapshot
 
 
-def check_quality(storage: Storage, snapshot: SnapshotManifest, config: Config) -> None:
-    """Raise DataError when more rows were rejected than the config accepts, or none is left."""
+def ceiling(corpus: CorpusConfig, rows: int) -> int:
+    """So many of the rows, or passages, may be put aside."""
+    return max(corpus.max_bad_rows, int(corpus.max_bad_fraction * rows))
+
+
+def check_quality(storage: Storage, snapshot: SnapshotManifest, config: Config, quarantine: Callable[[], str]) -> None:
+    """Raise DataError when more rows were rejected than the config accepts, or none is left; all of them are put aside first.
+
+    ``quarantine`` does that and tells where.
+    """
     counts, corpus = snapshot.counts, config.corpus
     rows, rejected = counts["rows"], counts["rejected"]
-    ceiling = max(corpus.max_bad_rows, int(corpus.max_bad_fraction * rows)) if corpus.on_error != "abort" else 0
-    if rejected > ceiling:
+    most = ceiling(corpus, rows) if corpus.on_error != "abort" else 0
+    if rejected > most:
         first = "; ".join(_shown(row) for row in rejected_rows(storage, snapshot, SHOWN_REJECTED))
         raise DataError(
-            f"{corpus.uri}: {rejected} of {rows} rows rejected, the ceiling is {ceiling}: {first}. All of them: vecmill "
-            "validate; mend the rows or raise corpus.max_bad_fraction / max_bad_rows"
+            f"{corpus.uri}: {rejected} of {rows} rows rejected, the ceiling is {most}: {first}. All of them: "
+            f"{quarantine()}; mend the rows or raise corpus.max_bad_fraction / max_bad_rows"
         )
     if not counts["documents"]:
         raise DataError(f"{corpus.uri}: no document in {rows} rows; check corpus.text and corpus.id")

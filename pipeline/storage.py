@@ -7,6 +7,7 @@ Nothing is ever written through ``fs.open(..., "wb")``: an exception inside comm
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from pipeline.errors import ConfigError, StorageError
 
 SCHEMES = {"file": None, "s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "adls", "az": "adls", "memory": None}
 """Allowed URI schemes and the extra that brings each (fsspec knows 55, ssh and http among them)."""
+WITHOUT_USER = ("s3", "gs", "gcs")
+"""Schemes whose host is a bucket; in abfs:// the container stands before an @."""
 REFUSALS = ("PreconditionFailed", "pre-conditions you specified", "ConditionalRequestConflict")
 """How an S3 says that the object is already there (412) or being made by another (409)."""
 CLIENT_MODULES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs")
@@ -214,11 +217,18 @@ class Storage:
 def uri_scheme(uri: str) -> str:
     """The scheme of a URI (``file`` for plain paths); raises ConfigError on one that is not allowed or is chained."""
     if "::" in uri:
-        raise ConfigError(f"{uri}: chained URIs are not supported; give a plain one")
+        raise ConfigError(f"{_without_secrets(uri)}: chained URIs are not supported; give a plain one")
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
     if scheme not in SCHEMES:
-        raise ConfigError(f"{uri}: scheme {scheme}:// is not supported; use one of {', '.join(SCHEMES)}")
+        raise ConfigError(f"{_without_secrets(uri)}: scheme {scheme}:// is not supported; use one of {', '.join(SCHEMES)}")
+    if scheme in WITHOUT_USER and "@" in urlsplit(uri).netloc:
+        raise ConfigError(f"{_without_secrets(uri)}: a URI holds no credentials; give them in the environment or by a role")
     return scheme
+
+
+def _without_secrets(uri: str) -> str:
+    """A URI as it may be shown: without user, password and query, where signatures are."""
+    return re.sub(r"://[^/]*@", "://...@", uri.partition("?")[0] if "://" in uri else uri)
 
 
 def _s3_options(s3: S3Config) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The model's fast tokenizer, cut to its limit, with the ids that sentence-transformers gives."""
+"""The model's fast tokenizer, cut to its limit, with the ids that sentence-transformers gives.
+
+But for one case: a text that spells out a special token (``[SEP]``) has it as the characters it is made of. In
+sentence-transformers it would end the text for the model, so that whoever writes a document could hide the rest of it.
+"""
 
 from collections.abc import Sequence
 
@@ -13,9 +17,12 @@ tokenizer 17 s and 1.5 GB even with truncation on (measured, tokenizers 0.23).""
 
 
 class TextTokenizer:
-    """The model's fast tokenizer, cut at ``max_tokens``, without padding. Same ids as sentence-transformers gives."""
+    """The model's fast tokenizer, cut at ``max_tokens``, without padding.
 
-    def __init__(self, folder: ModelFolder, max_tokens: int) -> None:
+    ``prompts``: what is put before texts; where one has a special token in it, special tokens in texts count as such too.
+    """
+
+    def __init__(self, folder: ModelFolder, max_tokens: int, prompts: Sequence[str] = ()) -> None:
         file = next(
             (f for f in (folder.path / "tokenizer.json", folder.path / "0_StaticEmbedding" / "tokenizer.json") if f.is_file()),
             None,
@@ -25,6 +32,8 @@ class TextTokenizer:
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._tokenizer.encode_special_tokens = not any(token in prompt for token in special for prompt in prompts)
         self.is_static = folder.is_static
         self.max_tokens = max_tokens
         self.special_tokens = 0 if self.is_static else self._tokenizer.num_special_tokens_to_add(False)

@@ -75,14 +75,14 @@ class TorchEngine:
         return 2.0 * sum(module.weight.numel() for module in linear)
 
     def run(self, tokens: Sequence[Tokens], lengths: Lengths, prompt_tokens: int = 0) -> Vectors:
-        """Unit vectors of texts in order of descending length, (rows, dim); NaN for a text that does not fit into memory."""
+        """Unit vectors of texts in order of descending length, (rows, dim); infinite for one that does not fit into memory."""
 
         def forward(first: int, end: int) -> torch.Tensor:
             return self._forward(tokens[first:end], prompt_tokens)
 
         with torch.inference_mode():
             parts, self.budget = run_within(lengths, self.budget, forward, torch.OutOfMemoryError)
-            lost = torch.full((1, self._dim), torch.nan, device=self._device)
+            lost = torch.full((1, self._dim), torch.inf, device=self._device)
             found: Vectors = torch.cat([lost if part is None else part for part in parts]).cpu().numpy()
         return found
 

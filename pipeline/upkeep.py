@@ -162,12 +162,12 @@ def _needed(storage: Storage, commits: list[LogEntry]) -> Iterator[str]:
 
 
 def _told(log: Log, commits: list[LogEntry], files: list[Stored]) -> Iterator[str]:
-    """What the runs that made these artifacts, or measured them again, wrote about themselves."""
+    """What the runs that made these artifacts, or measured them again, wrote about themselves; not the rows they left out."""
     kept = {entry.artifact for entry in commits}
     runs = {entry.run for entry in log.backwards() if entry.kind == "commit" and entry.artifact in kept}
     for file in files:
         folder, _, rest = file.path.partition("/")
-        if folder == layout.RUNS and rest.partition("/")[0] in runs and ".tmp-" not in rest:
+        if folder == layout.RUNS and rest.partition("/")[0] in runs and file.path.endswith(".json"):
             yield file.path
 
 

@@ -15,6 +15,7 @@ from pipeline.manifest import InputFile
 from pipeline.passages import passage_key
 from pipeline.shards import KEY_DTYPE
 from pipeline.slices import Slice
+from pipeline.snapshot import ceiling
 
 
 @dataclass
@@ -62,8 +63,7 @@ def validate(config: Config, *, each_file: Callable[[int, int], None] = lambda d
     _resolve(config, [file.uri for file, _ in chosen], found, seen)
     corpus = config.corpus
     found.counts["rows"] = sum(found.counts[name] for name in FATES)
-    bad = max(corpus.max_bad_rows, int(corpus.max_bad_fraction * found.counts["rows"]))
-    found.ceiling = 0 if corpus.on_error == "abort" else bad
+    found.ceiling = 0 if corpus.on_error == "abort" else ceiling(corpus, found.counts["rows"])
     return found
 
 

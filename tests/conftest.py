@@ -96,8 +96,8 @@ def _end_ray() -> Iterator[None]:
 @dataclass(frozen=True)
 class S3Server:
     endpoint: str
-    key: str = "k"
-    secret: str = "s"
+    key: str = "test-access-key"
+    secret: str = "test-secret-4711"
 
     @property
     def store(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def s3() -> Iterator[S3Server]:
     folder = Path(tempfile.mkdtemp(prefix="weed"))
     ports = _free_ports(6)
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    identity = {"name": "t", "credentials": [{"accessKey": "k", "secretKey": "s"}], "actions": actions}
+    identity = {"name": "t", "credentials": [{"accessKey": S3Server.key, "secretKey": S3Server.secret}], "actions": actions}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     names = ("master.port", "volume.port", "filer.port", "s3.port", "s3.port.grpc", "filer.port.grpc")
     command = [
@@ -170,7 +170,11 @@ def _make_bucket(server: S3Server) -> None:
     from botocore.exceptions import ClientError
 
     client = boto3.client(
-        "s3", endpoint_url=server.endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.key,
+        aws_secret_access_key=server.secret,
+        region_name="us-east-1",
     )
     for _ in range(20):
         with contextlib.suppress(ClientError):

@@ -3,18 +3,26 @@
 import gzip
 import json
 import os
+import re
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import slices
-from pipeline.config import IndexConfig
+from pipeline.config import IndexConfig, PassagesConfig
+from pipeline.config_file import load_config
 from pipeline.corpus import choose_files, read_documents
-from pipeline.errors import BadFileError, ConfigError, DataError
+from pipeline.encoder import Encoder
+from pipeline.errors import BadFileError, ConfigError, DataError, EncoderError
 from pipeline.index_plan import choose
 from pipeline.listing import list_files
+from pipeline.model import resolve_spec
+from pipeline.passages import SEGMENT_CHARS, Splitter
 from pipeline.slices import Slice
+from pipeline.storage import Storage
+from pipeline.tokenizer import TextTokenizer
 from pipeline.validation import validate
 from tests.conftest import make_config, write_jsonl
 
@@ -365,3 +373,79 @@ def test_06_without_checksums_a_flipped_bit_cannot_be_seen_and_is_only_another_t
     data[data.index(b"abcdefgh")] ^= 1
     (corpus / "a.parquet").write_bytes(data)
     assert check(corpus).counts["documents"] == 1
+
+
+def test_14_names_with_any_characters_are_read_from_s3(s3, tmp_path):
+    bucket = Storage(f"s3://test/{tmp_path.name}", s3.store_config)
+    for number, name in enumerate(NAMES):
+        bucket.put(f"corpus/{name}", json.dumps({"id": str(number), "text": name}).encode() + b"\n")
+    found = validate(make_config(tmp_path / "root", bucket.at("corpus"), store=s3.store))
+    assert (found.files, found.counts["documents"], found.codes) == (len(NAMES), len(NAMES), {})
+
+
+@pytest.mark.timeout(60)
+def test_34_a_document_of_ten_megabytes_is_tokenized_in_segments(minilm, monkeypatch):
+    """A whole one costs the tokenizer 17 s and 1.5 GB; no piece it is given here is longer than two segments."""
+    tokenizer = TextTokenizer(minilm[1], 256)
+    longest = []
+    for name in ("offsets", "_encode"):
+        real = getattr(tokenizer, name)
+        monkeypatch.setattr(tokenizer, name, lambda texts, real=real: longest.append(_longest(texts)) or real(texts))
+    text = "some words and more of them " * 30_000 + "x" * 9_000_000
+    (truncated,) = Splitter(tokenizer, PassagesConfig(long="truncate"), "")([text])
+    assert [(passage.tokens, passage.truncated) for passage in truncated] == [(256, True)]
+    assert max(longest) <= 2 * SEGMENT_CHARS
+
+
+def _longest(texts):
+    return len(texts) if isinstance(texts, str) else max(len(text) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("compute: {encoders: no}", "compute.encoders: Value error, found false (YAML for yes, no, on and off too)"),
+        ("search: {k: yes}", "search.k: Value error, found true"),
+        ("search: {k: 1e3}", "search.k: Input should be a valid integer"),
+        ("corpus: {uri: 010}", "corpus.uri: Input should be a valid string"),
+        ("search: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("x: &x [a, a]\ny: &y [*x, *x]\nz: [*y, *y]", "x: unknown key"),
+    ],
+)
+def test_68_yaml_surprises_are_errors_of_a_type(tmp_path, text, found):
+    file = tmp_path / "c.yaml"
+    rest = "" if text.startswith("corpus") else "corpus: {uri: /c}\n"
+    file.write_text(f"root: /r\n{rest}{text}\n")
+    with pytest.raises(ConfigError, match=re.escape(str(file))) as error:
+        load_config(file)
+    assert found in str(error.value)
+
+
+def test_69_a_model_that_is_none_says_what_it_lacks(tmp_path, minilm):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    with pytest.raises(EncoderError, match=rf"{tmp_path}/plain: .*modules\.json.*; "):
+        resolve_spec(model=str(tmp_path / "plain"))
+    shutil.copytree(minilm[1].path, tmp_path / "own")
+    modules = json.loads((tmp_path / "own" / "modules.json").read_text())
+    modules[1]["type"] = "custom_pooling.CustomPooling"
+    (tmp_path / "own" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "own" / "custom_pooling.py").write_text("raise SystemExit('its code ran')\n")
+    with pytest.raises(EncoderError, match=r"trust_remote_code"):
+        Encoder(resolve_spec(model=str(tmp_path / "own"))[0])
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://key:hush@bucket/x", "s3://hush@bucket/x", "https://h/x?X-Amz-Signature=hush", "ssh://h/x"]
+)
+def test_uris_with_secrets_or_of_other_schemes_are_refused_without_showing_them(tmp_path, uri):
+    for settings in ({"root": uri, "uri": str(tmp_path)}, {"root": tmp_path / "root", "uri": uri}):
+        with pytest.raises(ConfigError) as error:
+            check_uri(settings)
+        assert "hush" not in str(error.value)
+
+
+def check_uri(settings):
+    config = make_config(**settings)
+    Storage(config.root, config.store)
+    validate(config)

@@ -90,7 +90,6 @@ def test_a_shared_embedding_store_is_not_compacted(tmp_path):
 
 @pytest.mark.parametrize("way", ["before", "after"])
 def test_compaction_killed_at_any_write_or_delete_leaves_a_root_that_works(tmp_path, monkeypatch, way):
-    delete = Storage.delete
     _, rows = nights(tmp_path, count=3)
     config = config_of(tmp_path, compute={"lease_ttl_s": 0.1})
     shutil.copytree(tmp_path / "root", tmp_path / "untouched")
@@ -98,9 +97,7 @@ def test_compaction_killed_at_any_write_or_delete_leaves_a_root_that_works(tmp_p
         shutil.rmtree(tmp_path / "root")
         shutil.copytree(tmp_path / "untouched", tmp_path / "root")
         with monkeypatch.context() as patch:
-            writes = Writes(patch, fatal, way)
-            counted = writes._counted(lambda storage, path, _: delete(storage, path))
-            patch.setattr(Storage, "delete", lambda storage, path, counted=counted: counted(storage, path, b""))
+            count_changes(patch, fatal, way)
             try:
                 upkeep.collect(config, 1, -1.0, compact=True)
             except (Killed, StorageError):
@@ -185,6 +182,48 @@ def test_purge_erases_what_deletes_only_hide(tmp_path, mode):
     write_jsonl(tmp_path / "corpus" / "b.jsonl", sentences(5, 100))
     grown = reindex(config)
     assert (grown.encoded, grown.live.counts["documents"], grown.committed) == (5, 54, True)
+
+
+def count_changes(patch, fatal, way):
+    """Writes and deletes are counted together; the one numbered ``fatal`` ends in the given way."""
+    delete = Storage.delete
+    writes = Writes(patch, fatal, way)
+    counted = writes._counted(lambda storage, path, _: delete(storage, path))
+    patch.setattr(Storage, "delete", lambda storage, path: counted(storage, path, b""))
+
+
+@pytest.mark.parametrize("way", ["before", "after"])
+def test_purge_killed_at_any_write_or_delete_is_finished_by_the_same_command(tmp_path, monkeypatch, way):
+    rows = [*sentences(40), {"id": "patient-7", "text": SECRET}, {"id": "p8", "text": ""}]
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    write_jsonl(tmp_path / "gone.jsonl", [{"id": "d3"}])
+    deletes = {"deletes": str(tmp_path / "gone.jsonl")}
+    reindex(config_of(tmp_path, corpus=deletes))
+    write_jsonl(tmp_path / "gone.jsonl", [{"id": "d3"}, {"id": "patient-7"}])
+    config = config_of(tmp_path, corpus=deletes, compute={"lease_ttl_s": 0.1})
+    live = reindex(config).live
+    shutil.copytree(tmp_path / "root", tmp_path / "untouched")
+    for fatal in range(200):
+        shutil.rmtree(tmp_path / "root")
+        shutil.copytree(tmp_path / "untouched", tmp_path / "root")
+        with monkeypatch.context() as patch:
+            count_changes(patch, fatal, way)
+            try:
+                purge(config, ["patient-7", "p8"])
+            except (Killed, StorageError):
+                pass
+            else:
+                break
+        assert audit(config, 40).passages == 39, "what is live is whole at any moment"
+        purge(config, ["patient-7", "p8"])
+        left = everything_below(tmp_path / "root")
+        assert b"Quillfeather" not in left and b"patient-7" not in left and b"p8" not in left, fatal
+        again = reindex(config)
+        assert (again.encoded, again.live.content) == (0, live.content), fatal
+        counts = again.snapshot.counts
+        assert (counts["rows"], counts["documents"], counts["deleted"], counts["rejected"]) == (40, 39, 1, 0), fatal
+        assert audit(config, 40).passages == 39
+    assert fatal > 10
 
 
 def test_purge_that_leaves_something_says_so(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from pipeline.errors import ConfigError, EncoderError
@@ -16,7 +18,6 @@ TEXTS = [
     " ",
     "a",
     "Hello, wörld!",
-    "[SEP] [CLS]",
     "x" * 5000,
     "word " * 1000,
     "مرحبا بالعالم",
@@ -31,6 +32,30 @@ def test_tokenizer_gives_the_ids_of_sentence_transformers(minilm):
     ours = TextTokenizer(folder, spec.max_tokens)(TEXTS)
     for text, ids in zip(TEXTS, ours, strict=True):
         assert ids == model.preprocess([text])["input_ids"][0].tolist(), text[:40]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return TextTokenizer(minilm[1], 64)
+
+
+SPECIAL = ("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]")
+
+
+@given(st.lists(st.sampled_from((*SPECIAL, "sea", " ", "[", "]", "Ünïcode", "[sep]")), min_size=1, max_size=12).map("".join))
+def test_texts_that_spell_out_special_tokens_have_none(tokenizer, text):
+    special = {tokenizer._tokenizer.token_to_id(token) for token in SPECIAL[:4]}
+    (ids,) = tokenizer([text])
+    assert not special & set(ids[1:-1])
+    assert ids[0] != ids[-1] and {ids[0], ids[-1]} <= special
+    assert tokenizer.count([text]) == [len(ids)]
+    assert all(0 <= start <= end <= len(text) for start, end in tokenizer.offsets(text))
+
+
+def test_a_prompt_with_a_special_token_keeps_it(minilm):
+    plain, prompted = TextTokenizer(minilm[1], 64), TextTokenizer(minilm[1], 64, ("[CLS] find: ", ""))
+    assert prompted(["[CLS] find: sea"])[0].count(prompted(["sea"])[0][0]) == 2
+    assert plain(["[CLS] find: sea"])[0].count(plain(["sea"])[0][0]) == 1
 
 
 def test_tokenizer_cuts_huge_texts_before_tokenizing(minilm):

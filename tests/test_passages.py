@@ -83,3 +83,17 @@ def test_prompt_and_overlap_that_leave_no_room_are_refused(tokenizer):
         splitter(tokenizer, "very " * 60)
     with pytest.raises(ConfigError, match="overlap"):
         splitter(tokenizer, overlap=40)
+
+
+def test_what_was_counted_before_is_not_counted_again(tokenizer, monkeypatch):
+    texts = ["A sea and a ship.", "word " * 200, "A sea and a ship.", "Another one."]
+    splitter = Splitter(tokenizer, PassagesConfig(), "passage: ")
+    expected = splitter(texts)
+    known = {passage.key: passage.tokens for passages in expected for passage in passages}
+    counted = []
+    monkeypatch.setattr(tokenizer, "count", lambda texts, real=tokenizer.count: counted.extend(texts) or real(texts))
+    assert splitter(texts, {expected[0][0].key: expected[0][0].tokens}) == expected
+    assert "passage: A sea and a ship." not in counted
+    counted.clear()
+    assert splitter([texts[0], texts[3]], known) == [expected[0], expected[3]]
+    assert counted == []

@@ -20,6 +20,8 @@ LOCAL_OBJECT_STORE_BYTES = 512 << 20
 """Only token ids and work units pass through the object store."""
 TOKENIZER_CPUS = 0.5
 """CPUs that a task books which reads and tokenizes for the encoders."""
+STARTS = 3
+SLOW_START = "timed out during startup"
 DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -163,9 +165,26 @@ def _start(address: str | None, quiet: bool) -> None:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
         with _kept_handlers(), _muted_stderr() if quiet else contextlib.nullcontext():
-            ray.init(address=address or "local", **options)
+            _init(address or "local", options)
     except ConnectionError as error:
         raise ConfigError(f"Ray at {address}: no cluster answers; start it or unset compute.address and RAY_ADDRESS") from error
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
+    """``ray.init``, again where a local Ray was not up after Ray's own 30 s: the machine was busy."""
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(address=address, **options)
+        except Exception as error:  # Ray has no kind of its own for this
+            if SLOW_START not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == STARTS:
+                raise ProcessError(
+                    f"a local Ray was not up after 30 s, {STARTS} times; look at the load of this machine, then run again"
+                ) from error
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Only token ids travel through the object store; the actor that makes vectors wri
 
 import threading
 import time
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,9 @@ from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
 from pipeline.numerics import machine_name
 from pipeline.shards import KEY_DTYPE
-from pipeline.snapshot import part_keys, parts
+from pipeline.snapshot import ceiling, part_keys, parts
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
-from pipeline.stages.pieces import Pieces
+from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 
@@ -50,6 +51,7 @@ ACTOR_THREADS = 2
 ACTOR_RESTARTS = 20
 TASK_RETRIES = 1
 """Ray Data's default is to restart and to retry for ever, so a document that kills its process would never end the run."""
+CRASHED = "E_CRASH: {} tokens, the process that encoded it alone died {} times"
 LOST_UNITS_PER_ENCODER = 2 * ACTOR_THREADS
 """Units in flight when an encoder dies for good; more than that lost is not the fault of a document."""
 
@@ -127,17 +129,51 @@ def _rescue(job: Job, cluster: Cluster, units: list[EmbedUnit], done: list[Recor
     resources = {"num_cpus": cluster.reserved_cpus(compute), "num_gpus": cluster.gpus_per_encoder(compute)}
     actor = ray.remote(max_restarts=0, max_task_retries=0, **resources)(EncoderActor)
     arguments = (job.spec, job.embeddings, job.embedding_folder, cluster.threads(compute), False)
-    pieces = Pieces(lambda: actor.remote(*arguments), job.spec.dim)
-    records = []
-    for unit in units:
-        if unit.name not in finished:
-            job.say(Event("embed", f"unit {unit.name} is encoded apart: its process died, or its work failed"))
-            row = run_one(_tokenize_row, {"unit": unit.model_dump_json()}, job.spec, job.storage, cpus=TOKENIZER_CPUS)
-            encoded, draft = pieces.encode(row)
-            keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
-            records.append(put_embeddings(job.embeddings, job.embedding_folder, keys, encoded.vectors, encoded.failed, draft))
-    pieces.close()
+    encoder, records = Mortal(lambda: actor.remote(*arguments)), []
+    most = ceiling(job.config.corpus, sum(unit.passages for unit in units))
+    try:
+        for unit in units:
+            if unit.name not in finished:
+                job.say(Event("embed", f"unit {unit.name} is encoded apart: its process died, or its work failed"))
+                row = run_one(_tokenize_row, {"unit": unit.model_dump_json()}, job.spec, job.storage, cpus=TOKENIZER_CPUS)
+                encoded, draft = _encode_in_pieces(encoder, row, job.spec.dim, most)
+                keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
+                records.append(
+                    put_embeddings(job.embeddings, job.embedding_folder, keys, encoded.vectors, encoded.failed, draft)
+                )
+    finally:
+        encoder.close()
     return records
+
+
+def _encode_in_pieces(actor: Mortal, row: dict[str, Any], dim: int, most: int) -> tuple["Encoded", Record]:
+    """What ``EncoderActor.encode`` gives for the whole unit; passages that kill their process are among the failed."""
+    from pipeline.encoder import Encoded
+
+    started = time.perf_counter()
+    ids, lengths = np.frombuffer(row["ids"], dtype=np.int32), np.frombuffer(row["lengths"], dtype=np.int32)
+    texts = np.split(ids, np.cumsum(lengths)[:-1])
+    found = Encoded(np.full((len(texts), dim), np.nan, dtype=np.float32))
+
+    def attempt(piece: range) -> Any:
+        part = np.concatenate([texts[number] for number in piece]).tobytes()
+        return actor.ask("encode", row | {"ids": part, "lengths": lengths[piece.start : piece.stop].tobytes()})
+
+    for piece, answer in in_pieces(len(texts), attempt, most):
+        if answer is None:
+            found.failed[piece.start] = CRASHED.format(lengths[piece.start], DEATHS)
+        else:
+            found = _joined(found, answer[0], piece)
+    counts = {"tokens": found.tokens, "padded_tokens": found.padded_tokens, "rescued": found.rescued}
+    timings = row["timings"] | {"encode": time.perf_counter() - started, "waiting": 0.0}
+    return found, Record(unit=row["name"], files=(), counts=counts, timings_s=timings)
+
+
+def _joined(found: "Encoded", encoded: "Encoded", piece: range) -> "Encoded":
+    found.vectors[piece.start : piece.stop] = encoded.vectors
+    failed = found.failed | {piece.start + row: reason for row, reason in encoded.failed.items()}
+    sums = {name: getattr(found, name) + getattr(encoded, name) for name in ("tokens", "padded_tokens", "rescued")}
+    return replace(found, failed=failed, **sums)
 
 
 def _summary(records: list[Record]) -> str:
@@ -165,7 +201,7 @@ def _tokenize_row(row: dict[str, Any], spec: EncoderSpec, storage: Storage) -> d
 
 @lru_cache(maxsize=2)
 def _tokenizer(spec: EncoderSpec) -> TextTokenizer:
-    return TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens)
+    return TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens, spec.prompts)
 
 
 class EncoderActor:

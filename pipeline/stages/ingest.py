@@ -7,26 +7,31 @@ from typing import Any
 
 import ray.data
 
-from pipeline import layout, retries
+from pipeline import errors, layout, retries
 from pipeline.config import Config
 from pipeline.corpus import read_ids
 from pipeline.documents import deleted_keys, resolve
-from pipeline.errors import VerificationError
+from pipeline.errors import ProcessError, VecmillError, VerificationError
 from pipeline.fingerprint import fingerprint
+from pipeline.ingestion import Place, document_places, ingest_unit, split_documents
 from pipeline.job import Event, Job, stage
 from pipeline.live import live_snapshot
 from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
+from pipeline.quarantine import put_quarantine
 from pipeline.snapshot import check_quality, grown, put_snapshot, snapshot_name, unit_records
-from pipeline.stages.cluster import own_error
+from pipeline.stages.cluster import own_error, tolerant_rows
+from pipeline.stages.pieces import Mortal, in_pieces
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
-from pipeline.units import CorpusFiles, IngestUnit, deletes_config, identify_files, ingest_unit, limited, plan_units, reading
+from pipeline.units import CorpusFiles, IngestUnit, deletes_config, follow, identify_files, limited, plan_units, reading
 
 SHOWN_IGNORED = 3
-TASK_RETRIES = 3
+TASK_RETRIES = 1
 """Ray Data's default is for ever, so a file that kills its process would never end the run."""
+LOST_UNITS = 8
+"""More units whose process died are not the fault of a document."""
 
 
 @stage("ingest")
@@ -39,13 +44,13 @@ def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     files = identify_files(config, earlier.files if earlier else ())
     read_by = fingerprint(reading(config, job.spec.space))
     chosen, generations = grown(files.chosen, earlier, read_by, config.corpus.uri) if is_append else (files.chosen, ())
-    units = plan_units(chosen, config, job.spec.space)
+    units = follow(plan_units(chosen, config, job.spec.space), earlier.files if earlier else (), config, job.spec.space)
     records = _limited_records(job, units, limit) if limit else _records(job, units)
     older = list(unit_records(job.storage, earlier)) if earlier and generations else []
     snapshot = _snapshot(
         job, [*older, *([records] if records else [])], files, earlier if generations else None, limit, read_by
     )
-    check_quality(job.storage, snapshot, config)
+    check_quality(job.storage, snapshot, config, lambda: put_quarantine(job, snapshot))
     job.say(Event("ingest", _summary(snapshot.counts, files.ignored), len(units), len(units), snapshot.counts))
     return snapshot
 
@@ -86,15 +91,50 @@ def _run(job: Job, units: list[IngestUnit]) -> list[Record]:
         _ingest_row, fn_args=arguments, num_cpus=1, max_retries=TASK_RETRIES
     )
     records: list[Record] = []
+
+    def take(record: Record) -> None:
+        records.append(record)
+        counts = {name: sum(each.counts[name] for each in records) for name in ("rows", "passages", "tokens")}
+        job.say(Event("ingest", "", len(records), len(units), counts))
+
     try:
-        for row in dataset.iter_rows():
-            records.append(Record.model_validate_json(row["record"]))
+        for row in tolerant_rows(dataset, LOST_UNITS):
             retries.add(row["retries"])
-            counts = {name: sum(record.counts[name] for record in records) for name in ("rows", "passages", "tokens")}
-            job.say(Event("ingest", "", len(records), len(units), counts))
+            take(_record_of(row))
     except ray.exceptions.RayError as error:
         raise own_error(error) from error
+    finished = {record.unit for record in records}
+    for unit in units:
+        if unit.name not in finished:
+            job.say(Event("ingest", f"unit {unit.name} is read apart: its process died, or its work failed"))
+            take(_read_apart(job, unit))
     return records
+
+
+def _read_apart(job: Job, unit: IngestUnit) -> Record:
+    """Read a unit by a process of its own: rows and files that kill it every time are put aside."""
+    actor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(UnitReader)
+    reader = Mortal(lambda: actor.remote(job.config, job.spec, job.storage))
+    try:
+        found = reader.ask("read", unit, frozenset()) or reader.ask("read", unit, _deadly(job, reader, unit))
+    finally:
+        reader.close()
+    if found is None:
+        raise ProcessError(f"unit {unit.name}: its process died too often; look for lack of memory, then run again")
+    retries.add(found[1])
+    record: Record = found[0]
+    return record
+
+
+def _deadly(job: Job, reader: Mortal, unit: IngestUnit) -> frozenset[Place]:
+    """Documents that a process dies of when it splits them, and files (no row) that it dies of when it reads them."""
+    most, deadly = job.config.corpus.max_bad_rows, set()
+    places: list[Place] = []
+    for number, found in in_pieces(len(unit.slices), lambda piece: reader.ask("places", unit, piece), most):
+        places += found or ()
+        deadly |= {(unit.slices[number.start].uri, None)} if found is None else set()
+    splits = in_pieces(len(places), lambda piece: reader.ask("split", unit, places[piece.start : piece.stop]), most)
+    return frozenset(deadly | {places[piece.start] for piece, found in splits if found is None})
 
 
 def _limited_records(job: Job, units: list[IngestUnit], limit: int) -> list[Record]:
@@ -109,9 +149,45 @@ def _limited_records(job: Job, units: list[IngestUnit], limit: int) -> list[Reco
 
 
 def _ingest_row(row: dict[str, Any], config: Config, spec: EncoderSpec, storage: Storage) -> dict[str, Any]:
+    """An error of ours is a row too: those that Ray raises are taken for deaths, and told at the end."""
     unit = IngestUnit.model_validate_json(row["unit"])
-    splitter = _splitter(spec, config.passages.model_dump_json())
-    return {"record": ingest_unit(unit, config, splitter, storage).model_dump_json(), "retries": retries.taken()}
+    record = kind = text = ""
+    try:
+        splitter = _splitter(spec, config.passages.model_dump_json())
+        record = ingest_unit(unit, config, splitter, storage).model_dump_json()
+    except VecmillError as error:
+        kind, text = type(error).__name__, str(error)
+    return {"record": record, "kind": kind, "error": text, "retries": retries.taken()}
+
+
+def _record_of(row: dict[str, Any]) -> Record:
+    if row["error"]:
+        raise getattr(errors, row["kind"])(row["error"])
+    return Record.model_validate_json(row["record"])
+
+
+class UnitReader:
+    """A process that reads a unit which another one died of."""
+
+    def __init__(self, config: Config, spec: EncoderSpec, storage: Storage) -> None:
+        self._config, self._spec, self._storage = config, spec, storage
+
+    def read(self, unit: IngestUnit, deadly: frozenset[Place]) -> tuple[Record, int]:
+        """Ingest it without the documents and files in ``deadly``; the record, and how many requests were made again."""
+        return ingest_unit(unit, self._config, self.splitter(), self._storage, deadly), retries.taken()
+
+    def places(self, unit: IngestUnit, numbers: range) -> list[Place]:
+        """Where the documents of these slices are."""
+        return [place for number in numbers for place in document_places(unit.slices[number], self._config)]
+
+    def split(self, unit: IngestUnit, wanted: list[Place]) -> bool:
+        """Split these documents; True for having outlived it."""
+        split_documents(unit, self._config, self.splitter(), frozenset(wanted))
+        return True
+
+    def splitter(self) -> Splitter:
+        """What cuts documents into passages."""
+        return _splitter(self._spec, self._config.passages.model_dump_json())
 
 
 @lru_cache(maxsize=2)
@@ -119,7 +195,7 @@ def _splitter(spec: EncoderSpec, passages: str) -> Splitter:
     """One tokenizer per worker process and setting."""
     from pipeline.config import PassagesConfig
 
-    tokenizer = TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens)
+    tokenizer = TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens, spec.prompts)
     return Splitter(tokenizer, PassagesConfig(**json.loads(passages)), spec.document_prompt)
 
 
@@ -128,6 +204,10 @@ def _summary(counts: dict[str, int], ignored: tuple[str, ...]) -> str:
     settled = [f"{counts[name]} {name}" for name in fates if counts.get(name) or name == "rejected"]
     rows = f"{counts['rows']} rows = {' + '.join([str(counts['documents']) + ' documents', *settled])}"
     notes = [f"{counts[name]} documents {name}" for name in ("split", "truncated", "sparse") if counts[name]]
+    if counts.get("prompted"):
+        notes.append(
+            f"{counts['prompted']} documents begin with encoder.document_prompt already, which then stands there twice"
+        )
     if counts["skipped_files"]:
         notes.append(f"{counts['skipped_files']} files skipped")
     if ignored:

@@ -21,8 +21,13 @@ HOME = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def two_nodes(short_tmp, no_ray):
-    """A head with its dashboard and a second node, one CPU each."""
+    """A head with its dashboard and a second node, one CPU each.
+
+    Ray gives the agent of every head on a machine port 52365; without a port of its own it has none beside another test's Ray
+    and no job can be submitted.
+    """
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 18265, "object_store_memory": 100 << 20}
+    head["dashboard_agent_listen_port"] = None
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     cluster.wait_for_nodes()

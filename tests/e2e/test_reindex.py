@@ -432,8 +432,13 @@ def test_passages_without_a_vector_are_quarantined_and_harm_no_other(tmp_path, p
 
     again = reindex(config)
     assert (again.encoded, again.committed) == (0, False)
-    rejected = next((tmp_path / "root" / "embeddings").rglob("*.rejected.parquet"))
-    assert "not finite" in pq.read_table(rejected).column("message")[0].as_py()
+    quarantine = pq.read_table(tmp_path / "root" / "runs" / again.run / "quarantine.parquet").to_pylist()
+    named = sorted((row["source_uri"], row["source_row"], row["doc_id"], row["code"]) for row in quarantine)
+    assert named == [
+        (str(tmp_path / "a.jsonl"), number, f"d{number}" if number < 300 else "twin", "E_NONFINITE")
+        for number in (7, 8, 200, 300)
+    ]
+    assert all("not finite" in row["message"] and row["text_head"].startswith("A zebra") for row in quarantine)
     strict = make_config(
         tmp_path / "root",
         tmp_path / "a.jsonl",

@@ -45,8 +45,14 @@ def test_job_on_s3_answers_as_on_local_files(tmp_path, s3, kind, monkeypatch):
     assert second.committed
     assert second.encoded == first.encoded == 400
     assert second.live.counts == first.live.counts
-    again = reindex(remote)
+    said = []
+    again = reindex(remote, say=said.append)
     assert (again.encoded, again.committed) == (0, False)
+    root = Storage(bucket.at("root"), s3.store_config)
+    written = b"".join(root.read(file.path) for file in root.walk())
+    for secret in (s3.key, s3.secret):
+        assert secret.encode() not in written
+        assert secret not in repr(said) + repr(remote) + repr(root) + second.live.model_dump_json()
 
     one, two = open_live(local), open_live(remote)
     assert (one.searcher.collection.vectors == two.searcher.collection.vectors).all()

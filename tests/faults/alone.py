@@ -36,7 +36,7 @@ def _connected(_compute) -> Iterator[Cluster]:
 def _ingest(job, units):
     rows = ({"unit": unit.model_dump_json()} for unit in units)
     done = (ingest._ingest_row(row, job.config, job.spec, job.storage) for row in rows)
-    return [Record.model_validate_json(row["record"]) for row in done]
+    return [ingest._record_of(row) for row in done]
 
 
 def _embed(job, _cluster, units, _total):

@@ -4,14 +4,52 @@ import os
 import signal
 from pathlib import Path
 
+from pipeline import ingestion
+from pipeline.passages import Splitter
+from pipeline.stages import ingest
 from pipeline.stages.embed import EncoderActor
 
 POISON = "zygote"
+POISONED_FILE = "poison.jsonl"
 
 
-def ingest_and_die(*_arguments, **_options):
-    """Instead of the reading of a unit."""
-    os.kill(os.getpid(), signal.SIGKILL)
+class DeadlySplitter(Splitter):
+    """Dies of any document that has the word POISON in it."""
+
+    def __call__(self, texts, known=None):
+        if any(POISON in text for text in texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(texts, known)
+
+
+def read_or_die(part, *arguments):
+    """Dies of the file POISONED_FILE."""
+    if part.uri.endswith(POISONED_FILE):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_documents(part, *arguments)
+
+
+read_documents = ingestion.read_documents
+
+
+def make_deadly():
+    """In a worker process: what splits and what reads kill it."""
+    ingest.Splitter = DeadlySplitter
+    ingestion.read_documents = read_or_die
+
+
+def ingest_row(row, *arguments):
+    """Instead of the task that reads a unit."""
+    make_deadly()
+    return ingest._ingest_row(row, *arguments)
+
+
+class DeadlyReader(ingest.UnitReader):
+    """Instead of the process that reads a unit apart."""
+
+    def __init__(self, *arguments):
+        make_deadly()
+        super().__init__(*arguments)
 
 
 class KillsAtPoison(EncoderActor):

@@ -15,16 +15,16 @@ import pytest
 from pipeline import layout
 from pipeline.audit import audit
 from pipeline.coverage import cover
-from pipeline.errors import ProcessError
+from pipeline.errors import BadFileError, ProcessError
 from pipeline.job import plan_job
 from pipeline.live import open_live
 from pipeline.run import reindex
 from pipeline.shards import open_parquet
-from pipeline.snapshot import snapshot_of
+from pipeline.snapshot import rejected_rows, snapshot_of
 from pipeline.stages import embed, ingest
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.e2e.test_reindex import search
-from tests.faults.killers import POISON, KillsAtPoison, KillsOnce, ingest_and_die
+from tests.faults.killers import POISON, POISONED_FILE, DeadlyReader, KillsAtPoison, KillsOnce, ingest_row
 
 HOME = Path(__file__).parent.parent.parent
 KILL_AFTER = (
@@ -84,18 +84,46 @@ def test_a_document_that_kills_its_process_every_time_is_quarantined(tmp_path, m
     assert open_live(config).manifest.version == outcome.live.version
 
 
+def deadly_config(folder, monkeypatch, **corpus):
+    monkeypatch.setattr(ingest, "_ingest_row", ingest_row)
+    monkeypatch.setattr(ingest, "UnitReader", DeadlyReader)
+    return config_of(folder, corpus=corpus)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("local_ray")
-def test_a_file_that_kills_its_process_every_time_ends_the_run_in_one_line(tmp_path, monkeypatch):
+def test_a_document_that_kills_the_process_that_splits_it_is_put_aside(tmp_path, monkeypatch):
+    rows = sentences(60)
+    rows[41]["text"] += f" A {POISON}."
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    config = deadly_config(tmp_path, monkeypatch)
+    outcome = reindex(config)
+    counts = outcome.snapshot.counts
+    assert (counts["rows"], counts["documents"], counts["rejected"], outcome.encoded) == (60, 59, 1, 59)
+    (row,) = rejected_rows(plan_job(config, on_gpu=False).storage, outcome.snapshot)
+    assert (row["source_uri"], row["source_row"], row["doc_id"]) == (str(tmp_path / "corpus" / "a.jsonl"), 41, "d41")
+    assert (row["code"], POISON in row["text_head"]) == ("E_CRASH", True)
+    assert reindex(config).committed is False
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_a_file_that_kills_the_process_that_reads_it_is_named_or_skipped(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", sentences(10))
-    with monkeypatch.context() as patch:
-        patch.setattr(ingest, "_ingest_row", ingest_and_die)
-        with pytest.raises(
-            ProcessError, match=r"^a process of the run died too often: [^\n]*; look for lack of memory"
-        ) as error:
-            reindex(config_of(tmp_path))
+    write_jsonl(tmp_path / "corpus" / POISONED_FILE, sentences(5, start=10))
+    with pytest.raises(BadFileError, match=rf"^{tmp_path}/corpus/{POISONED_FILE}: E_CRASH, the process that read it died"):
+        reindex(deadly_config(tmp_path, monkeypatch))
+    outcome = reindex(deadly_config(tmp_path, monkeypatch, on_error="skip_file"))
+    assert (outcome.live.counts["documents"], outcome.snapshot.counts["skipped_files"]) == (10, 1)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_documents_that_all_kill_their_process_end_the_run_in_one_line(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"id": str(number), "text": f"{POISON} {number}"} for number in range(6)])
+    with pytest.raises(ProcessError, match=r"^processes of the run died of more than 1 documents; look for") as error:
+        reindex(deadly_config(tmp_path, monkeypatch, max_bad_rows=1))
     assert error.value.exit_code == 1
-    assert reindex(config_of(tmp_path)).live.counts["documents"] == 10
 
 
 def drive(config_file, log):
