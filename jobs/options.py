@@ -1,18 +1,21 @@
 """What the commands share: options, the error boundary with its exit codes, progress on stderr."""
 
+import contextlib
 import functools
 import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.errors import VecmillError
 from pipeline.job import Event, Say
@@ -20,12 +23,16 @@ from pipeline.job import Event, Say
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Config file, YAML")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: a.b=value; repeatable")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout")]
+EventsOption = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout: events, the last one the result")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and the libraries log")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N documents")]
 
 SIGNALLED = 128
+STREAM_INTERVAL_S = 3.0
+"""Between two progress events of a stage on stdout."""
 PIPE_WIDTH = 160
+SHOWN_RATES = 2
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -61,16 +68,46 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1, default=str))  # noqa: T201 - results go to stdout
 
 
+def print_result(value: dict[str, Any]) -> None:
+    """The last line of a stream of events."""
+    _print_line({"event": "result", **value})
+
+
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Say]:
-    """A way to tell events: bars with rate and ETA on a terminal, one line per finished stage elsewhere."""
-    if quiet:
-        yield lambda _: None
-    elif messages.is_terminal:
-        with _bars() as bars:
-            yield _Bars(bars)
-    else:
-        yield _tell
+def progress(*, quiet: bool = False, as_json: bool = False) -> Iterator[Say]:
+    """A way to tell events: bars with rate and ETA on a terminal, one line per finished stage elsewhere.
+
+    ``as_json``: on stdout as well, as JSON lines.
+    """
+    with contextlib.ExitStack() as stack:
+        says: list[Say] = [_Stream()] if as_json else []
+        if not quiet:
+            says.append(stack.enter_context(_bars(messages)) if messages.is_terminal else _tell)
+
+        def tell(event: Event) -> None:
+            for say in says:
+                say(event)
+
+        yield tell
+
+
+class _Stream:
+    """Events as JSON lines; of a stage's progress one every few seconds."""
+
+    def __init__(self) -> None:
+        self._due: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.is_progress and now < self._due.get(event.stage, 0.0):
+            return
+        if event.is_progress:
+            self._due[event.stage] = now + STREAM_INTERVAL_S
+        _print_line({"event": "stage", **event.as_dict()})
+
+
+def _print_line(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)  # noqa: T201 - results go to stdout
 
 
 def _tell(event: Event) -> None:
@@ -78,9 +115,12 @@ def _tell(event: Event) -> None:
         messages.print(f"{event.stage}: {event.message}", markup=False)
 
 
-def _bars() -> Progress:
+@contextmanager
+def _bars(console: Console) -> Iterator[Say]:
     columns = (TextColumn("{task.description:>8}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=messages, transient=True)
+    left = TextColumn("{task.fields[left]}")
+    with Progress(*columns, TimeElapsedColumn(), left, console=console, transient=True) as bars:
+        yield _Bars(bars)
 
 
 class _Bars:
@@ -93,16 +133,15 @@ class _Bars:
     def __call__(self, event: Event) -> None:
         if event.message:
             self._bars.console.print(f"{event.stage}: {event.message}", markup=False)
+        if event.ended or event.message:
             if event.stage in self._tasks:
                 self._bars.remove_task(self._tasks.pop(event.stage))
             return
         if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._bars.add_task(event.stage, total=event.total, rate="")
-        task = self._tasks[event.stage]
-        elapsed = self._bars.tasks[self._bars.task_ids.index(task)].elapsed or 0
-        tokens = event.counts.get("tokens", 0)
-        rate = f"{tokens / elapsed:,.0f} tokens/s" if tokens and elapsed else ""
-        self._bars.update(task, completed=event.done, rate=rate)
+            self._tasks[event.stage] = self._bars.add_task(event.stage, total=None, rate="", left="")
+        rate = ", ".join(f"{value:,.0f} {name}/s" for name, value in list(event.rate.items())[:SHOWN_RATES])
+        left = "" if event.eta_s is None else f"{timedelta(seconds=round(event.eta_s))} to go"
+        self._bars.update(self._tasks[event.stage], total=event.total or None, completed=event.done, rate=rate, left=left)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

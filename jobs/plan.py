@@ -43,7 +43,7 @@ def _show(found: Plan, job: Job) -> None:
         "work": f"{found.units} ingest units, {found.units_done} of them done before",
         "documents": f"{found.documents:,} (sampled {found.sampled_documents:,}, of those {found.sampled_rejected} rejected)",
         "passages": f"about {found.passages:,}, {found.tokens:,} tokens, {found.truncated_documents:,} documents truncated",
-        "encoder": f"{found.encoder}, {found.dim} dimensions, {found.tokens_per_s:,.0f} tokens/s here",
+        "encoder": f"{found.encoder}, {found.dim} dimensions, {found.tokens_per_s:,.0f} tokens/s by {found.rate_source}",
         "encoding": f"about {found.encode_s / 60:.1f} minutes on this machine, if no passage is in the store yet",
         "index": f"{index.kind}{size}; {index.why}",
         "disk": f"embeddings {_mb(found.embedding_bytes)}, artifact about {_mb(found.artifact_bytes)}",

@@ -6,17 +6,17 @@ import typer
 
 from jobs.options import (
     ConfigOption,
-    JsonOption,
+    EventsOption,
     LimitOption,
     QuietOption,
     SetOption,
     VerboseOption,
     command,
-    print_json,
+    print_result,
     progress,
 )
 from pipeline.config_file import load_config
-from pipeline.job import Event
+from pipeline.job import Event, Meter
 from pipeline.manifest import ArtifactManifest
 
 
@@ -26,7 +26,7 @@ def reindex(
     overrides: SetOption = None,
     limit: LimitOption = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Build the artifact but do not put it live")] = False,
-    as_json: JsonOption = False,
+    as_json: EventsOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -34,12 +34,12 @@ def reindex(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet) as say:
+    with progress(quiet=quiet, as_json=as_json) as say:
         outcome = run.reindex(settings, limit=limit, go_live=not no_publish, say=say)
         if outcome.retries:
-            say(Event("storage", f"{outcome.retries} requests to the object store were made again"))
+            Meter(outcome.run, say)(Event("storage", f"{outcome.retries} requests to the object store were made again"))
     if as_json:
-        print_json(
+        print_result(
             {
                 "run": outcome.run,
                 "snapshot": outcome.snapshot.snapshot,
@@ -60,7 +60,7 @@ def ingest(
     config: ConfigOption,
     overrides: SetOption = None,
     limit: LimitOption = None,
-    as_json: JsonOption = False,
+    as_json: EventsOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -68,10 +68,10 @@ def ingest(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet) as say:
+    with progress(quiet=quiet, as_json=as_json) as say:
         snapshot = run.ingest_only(settings, limit=limit, say=say)
     if as_json:
-        print_json({"snapshot": snapshot.snapshot, "counts": snapshot.counts})
+        print_result({"snapshot": snapshot.snapshot, "counts": snapshot.counts})
 
 
 @command
@@ -79,7 +79,7 @@ def embed(
     config: ConfigOption,
     overrides: SetOption = None,
     limit: LimitOption = None,
-    as_json: JsonOption = False,
+    as_json: EventsOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -87,10 +87,10 @@ def embed(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet) as say:
+    with progress(quiet=quiet, as_json=as_json) as say:
         encoded = run.embed_only(settings, limit=limit, say=say)
     if as_json:
-        print_json({"encoded": encoded})
+        print_result({"encoded": encoded})
 
 
 @command
@@ -100,7 +100,7 @@ def index(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Train for this corpus and merge anew even where what is live would do")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: EventsOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -108,10 +108,10 @@ def index(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet) as say:
+    with progress(quiet=quiet, as_json=as_json) as say:
         outcome = run.reindex(settings, encode=False, rebuild=rebuild, say=say)
     if as_json:
-        print_json({"index_shards": outcome.index_shards, "committed": outcome.committed, "live": _summary(outcome.live)})
+        print_result({"index_shards": outcome.index_shards, "committed": outcome.committed, "live": _summary(outcome.live)})
 
 
 def _summary(manifest: ArtifactManifest | None) -> dict[str, Any] | None:

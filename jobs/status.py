@@ -1,5 +1,6 @@
-"""``vecmill status``: commits, artifacts, who writes, what a reindex would do."""
+"""``vecmill status``: commits, artifacts, who writes and how far, the last runs, what a reindex would do."""
 
+from datetime import timedelta
 from typing import Any
 
 from rich.table import Table
@@ -9,18 +10,21 @@ from pipeline.artifact import MANIFEST
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.job import plan_job
+from pipeline.journal import last_runs
 from pipeline.live import known_files
-from pipeline.log import Log
+from pipeline.log import Log, LogEntry, last_beat
 from pipeline.manifest import ArtifactManifest, load
 from pipeline.storage import Storage
 from pipeline.units import count_done, identify_files, plan_units
+
+SHOWN_RUNS = 5
 
 
 @command
 def status(
     config: ConfigOption, overrides: SetOption = None, as_json: JsonOption = False, verbose: VerboseOption = False
 ) -> None:
-    """Show commits, artifacts with their sizes, the writer if there is one, and what a reindex would read."""
+    """Show commits, artifacts with their sizes, runs, the writer if there is one, and what a reindex would read."""
     settings = load_config(config, tuple(overrides or ()))
     found = _status(settings)
     if as_json:
@@ -43,6 +47,7 @@ def _status(settings: Config) -> dict[str, Any]:
             if entry.kind == "commit"
         ],
         "artifacts": _artifacts(storage),
+        "runs": _runs(storage, holder),
         "next": _next(settings, storage),
     }
 
@@ -56,7 +61,7 @@ def _artifacts(storage: Storage) -> list[dict[str, Any]]:
             "created": manifest.created,
             "documents": manifest.counts["documents"],
             "passages": manifest.counts["passages"],
-            "bytes": sum(file.size_bytes for file in manifest.files.values()),
+            "bytes": sum(file.size_bytes for file in manifest.all_files.values()),
             "index": manifest.index.kind,
             "recall": manifest.evaluation.recall,
             "verdict": manifest.verdict,
@@ -64,6 +69,17 @@ def _artifacts(storage: Storage) -> list[dict[str, Any]]:
         for manifest in manifests
         if manifest is not None
     ]
+
+
+def _runs(storage: Storage, holder: LogEntry | None) -> list[dict[str, Any]]:
+    """The last runs, latest first. One that wrote no end and holds the root no more has died."""
+    found = []
+    for run in last_runs(storage, SHOWN_RUNS):
+        is_live = holder is not None and holder.run == run.run
+        state = "died" if run.state == "running" and not is_live else run.state
+        seen = (last_beat(storage, holder) if holder and is_live else None) or run.at
+        found.append(run.model_dump(mode="json", exclude={"format"}) | {"state": state, "seen": max(seen, run.at)})
+    return found
 
 
 def _next(settings: Config, storage: Storage) -> dict[str, int]:
@@ -82,9 +98,22 @@ def _show(found: dict[str, Any]) -> None:
             results.print(f"index     {item['verdict']}", markup=False)
     results.print(f"writer    {found['writer'] or 'nobody'}", markup=False)
     results.print(f"next      {found['next']['units_to_ingest']} of {found['next']['units']} ingest units changed or new")
+    _show_runs(found["runs"])
     table = Table("artifact", "created", "documents", "passages", "MB", "index", "recall", "commits", box=None)
     for item in found["artifacts"]:
         numbers = ", ".join(str(commit["number"]) for commit in found["commits"] if commit["artifact"] == item["artifact"])
         counts = (str(item["documents"]), str(item["passages"]), f"{item['bytes'] / 1e6:.1f}")
         table.add_row(item["artifact"], item["created"], *counts, item["index"], f"{item['recall']:.4f}", numbers)
     results.print(table)
+
+
+def _show_runs(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        results.print(
+            f"run       {run['run']} {run['state']}, last sign of life {run['seen']} {run['why']}".rstrip(), markup=False
+        )
+        for stage in run["stages"] if run["state"] == "running" else ():
+            rates = [f"{value:,.0f} {name}/s" for name, value in stage["rate"].items()]
+            left = [f"{timedelta(seconds=round(stage['eta_s']))} to go"] if stage["eta_s"] is not None else []
+            words = [f"{stage['done']} of {stage['total']}", *rates, *left] if stage["total"] else ["started"]
+            results.print(f"          {stage['stage']}: {stage['message'] or ', '.join(words)}", markup=False)

@@ -1,11 +1,26 @@
 """``vecmill tune`` and ``vecmill report``: what search settings find, and how fast."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from jobs.options import ConfigOption, JsonOption, QuietOption, SetOption, VerboseOption, command, print_json, progress, results
+from jobs.options import (
+    ConfigOption,
+    EventsOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    VerboseOption,
+    command,
+    print_json,
+    print_result,
+    progress,
+    results,
+)
 from pipeline.config_file import load_config
+from pipeline.errors import StorageError
 from pipeline.manifest import ArtifactManifest
 from pipeline.publish import require_live
 from pipeline.storage import Storage
@@ -15,7 +30,7 @@ from pipeline.storage import Storage
 def tune(
     config: ConfigOption,
     overrides: SetOption = None,
-    as_json: JsonOption = False,
+    as_json: EventsOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -23,24 +38,46 @@ def tune(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet) as say:
-        _show(run.tune(settings, say=say), as_json=as_json)
+    with progress(quiet=quiet, as_json=as_json) as say:
+        manifest = run.tune(settings, say=say)
+    if as_json:
+        print_result(_described(manifest))
+    else:
+        _show(manifest)
 
 
 @command
 def report(
-    config: ConfigOption, overrides: SetOption = None, as_json: JsonOption = False, verbose: VerboseOption = False
+    config: ConfigOption,
+    overrides: SetOption = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the whole report to this file, one page that needs nothing")
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Show the live artifact's index and its operating points: recall against time, as last measured."""
     settings = load_config(config, tuple(overrides or ()))
-    _show(require_live(Storage(settings.root, settings.store)), as_json=as_json)
+    storage = Storage(settings.root, settings.store)
+    manifest = require_live(storage)
+    if html is not None:
+        from pipeline.report import render, stored_account
+
+        try:
+            html.write_bytes(render(stored_account(storage, manifest)))
+        except OSError as error:
+            raise StorageError(f"{html}: cannot be written, {error.strerror}; choose another file") from error
+    if as_json:
+        print_json(_described(manifest))
+    else:
+        _show(manifest)
 
 
-def _show(manifest: ArtifactManifest, *, as_json: bool) -> None:
+def _described(manifest: ArtifactManifest) -> dict[str, Any]:
     found, index = manifest.evaluation, manifest.index
     size_bytes = sum(manifest.files[part.name].size_bytes for part in manifest.parts)
     passages = manifest.counts["passages"]
-    described: dict[str, Any] = {
+    return {
         "artifact": manifest.version,
         "passages": passages,
         "dim": manifest.dim,
@@ -52,14 +89,15 @@ def _show(manifest: ArtifactManifest, *, as_json: bool) -> None:
         "point": found.point.model_dump(),
         "points": [point.model_dump() for point in found.points],
     }
-    if as_json:
-        print_json(described)
-        return
+
+
+def _show(manifest: ArtifactManifest) -> None:
+    found, index, described = manifest.evaluation, manifest.index, _described(manifest)
     shape = f", nlist {index.nlist}" * bool(index.nlist) + f", m {index.m}, {index.nbits} bits" * bool(index.m)
     size = (
         f"{described['bytes_per_vector']} bytes per vector in {len(manifest.parts)} part(s), re-scored from {manifest.rescore}"
     )
-    results.print(f"artifact {manifest.version}: {passages} passages of {manifest.dim} dimensions", markup=False)
+    results.print(f"artifact {manifest.version}: {described['passages']} passages of {manifest.dim} dimensions", markup=False)
     results.print(f"index    {index.kind}{shape}; {size}", markup=False)
     measured = f"recall@{found.k} over {found.queries} {found.source}, one query at a time on one thread"
     results.print(f"measured {measured}; * is what search uses", markup=False)

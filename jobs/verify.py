@@ -28,10 +28,10 @@ def verify(
         manifest = artifacts.verify(storage, layout.artifact(require_live(storage).version))
     else:
         raise ConfigError(NOTHING_NAMED)
-    size_bytes = sum(file.size_bytes for file in manifest.files.values())
+    size_bytes = sum(file.size_bytes for file in manifest.all_files.values())
     if as_json:
-        print_json({"artifact": manifest.version, "files": len(manifest.files) + 1, "bytes": size_bytes, "ok": True})
+        print_json({"artifact": manifest.version, "files": len(manifest.all_files) + 1, "bytes": size_bytes, "ok": True})
     else:
         results.print(
-            f"artifact {manifest.version}: {len(manifest.files) + 1} files, {size_bytes / 1e6:.1f} MB, all as recorded"
+            f"artifact {manifest.version}: {len(manifest.all_files) + 1} files, {size_bytes / 1e6:.1f} MB, all as recorded"
         )

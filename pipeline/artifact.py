@@ -7,11 +7,12 @@ A folder without a manifest is no artifact; a published one is never touched aga
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 from pipeline.errors import VerificationError
-from pipeline.fingerprint import sha256_file
-from pipeline.manifest import ArtifactManifest, DataFile, parse
+from pipeline.fingerprint import sha256, sha256_file
+from pipeline.manifest import ArtifactManifest, DataFile, checksum, parse
 from pipeline.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -23,10 +24,16 @@ def describe(file: Path, rows: int) -> DataFile:
     return DataFile(name=file.name, rows=rows, size_bytes=file.stat().st_size, sha256=sha256_file(file))
 
 
+def describe_bytes(name: str, data: bytes) -> DataFile:
+    """Size and hash of what is put as a whole."""
+    return DataFile(name=name, rows=0, size_bytes=len(data), sha256=sha256(data))
+
+
 def read_manifest(data: bytes, where: str) -> ArtifactManifest:
     """Parse a manifest and check its own checksum; raises VerificationError naming the file."""
     manifest = parse(ArtifactManifest, data, where)
-    manifest.check(where)
+    if manifest.checksum != checksum(json.loads(data)):
+        raise VerificationError(f"{where}: the manifest's checksum does not fit its content; restore or rebuild the artifact")
     return manifest
 
 
@@ -37,10 +44,10 @@ def verify(storage: Storage, folder: str) -> ArtifactManifest:
         manifest = read_manifest(storage.read(path), storage.at(path))
     except FileNotFoundError as error:
         raise VerificationError(f"{storage.at(folder)}: no {MANIFEST}, so no artifact; check the path") from error
-    for name, expected in manifest.files.items():
+    for name, expected in manifest.all_files.items():
         verify_file(storage, f"{folder}/{name}".lstrip("/"), expected)
     found = {path.rpartition("/")[2] for path in storage.list(folder)}
-    if strangers := found - set(manifest.files) - {MANIFEST}:
+    if strangers := found - set(manifest.all_files) - {MANIFEST}:
         raise VerificationError(f"{storage.at(folder)}/{min(strangers)}: not in the manifest; remove it")
     return manifest
 

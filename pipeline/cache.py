@@ -46,7 +46,7 @@ def cached(storage: Storage, folder: str, manifest: ArtifactManifest, data: byte
             hold.close()
             with _locked(lock, fcntl.LOCK_EX):
                 if not target.is_dir():
-                    _make_room(cache, target, sum(file.size_bytes for file in manifest.files.values()), search.cache_size)
+                    _make_room(cache, target, sum(file.size_bytes for file in manifest.all_files.values()), search.cache_size)
                     _copy(storage, folder, manifest, data, target)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written, {error}; set search.cache_dir") from error
@@ -73,7 +73,7 @@ def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, data: bytes
     shutil.rmtree(copy, ignore_errors=True)  # of a process that was killed
     copy.mkdir()
     try:
-        for name in manifest.files:
+        for name in manifest.all_files:
             storage.fetch(f"{folder}/{name}".lstrip("/"), copy / name)
         (copy / MANIFEST).write_bytes(data)
         verify(Storage(str(copy)), "")

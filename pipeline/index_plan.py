@@ -17,6 +17,8 @@ MIN_TRAIN_VECTORS = 1 << 16
 FLAT_BELOW = MIN_PER_CENTROID << 8
 """Under 9,984 passages exact search takes a millisecond."""
 MAX_BYTES_PER_VECTOR = 80
+MERGE_COPIES = 4
+"""Bytes of memory per byte of code and id while a part is merged: FAISS's lists grow by doubling, packing copies them."""
 ID_BYTES = 8
 """FAISS keeps an int64 id beside each code."""
 FAST_SCAN_BITS = 4

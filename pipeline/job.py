@@ -1,9 +1,12 @@
 """What every stage of a run shares: the config, the storages, the resolved encoder, and a way to tell progress."""
 
+import functools
+import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Concatenate, ParamSpec, TypeVar
 
 from pipeline import layout
 from pipeline.config import Config
@@ -12,16 +15,34 @@ from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 from pipeline.numerics import resolve_backend, resolve_precision
 from pipeline.storage import Storage
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Event:
-    """Something a person or a log wants to know. ``done`` of ``total`` units; ``counts`` are sums so far."""
+    """Something a person or a log wants to know. ``done`` of ``total`` units; ``counts`` are sums so far.
+
+    Without message and total it says that a stage begins, ``ended``: that it is over. The rest is for a Meter to fill in:
+    ``rate`` is what was counted per second since the first result, so that no start-up is in it, ``eta_s`` follows from that.
+    """
 
     stage: str
     message: str = ""
     done: int = 0
     total: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    ended: bool = False
+    run: str = ""
+    at: str = ""
+    elapsed_s: float = 0.0
+    rate: dict[str, float] = field(default_factory=dict)
+    eta_s: float | None = None
+
+    @property
+    def is_progress(self) -> bool:
+        """Whether the next event of its stage says all that this one does."""
+        return bool(self.total) and not self.message and not self.ended
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON lines."""
@@ -31,9 +52,41 @@ class Event:
 Say = Callable[[Event], None]
 
 
+class Meter:
+    """Passes events on with the run, the time, the rate and the time to go filled in."""
+
+    def __init__(self, run: str, *says: Say) -> None:
+        self._run = run
+        self._says = says
+        self._began: dict[str, float] = {}
+        self._first: dict[str, tuple[float, dict[str, int]]] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Fill in and pass on."""
+        now = time.monotonic()
+        if event.stage not in self._began:
+            self._first.pop(event.stage, None)
+        elapsed = now - self._began.setdefault(event.stage, now)
+        counts = event.counts | {"done": event.done} if event.is_progress and event.done else {}
+        since, before = self._first.setdefault(event.stage, (now, counts)) if counts else (now, {})
+        rate = {name: (count - before.get(name, 0)) / (now - since) for name, count in counts.items()} if now > since else {}
+        pace = rate.pop("done", 0.0)
+        eta_s = (event.total - event.done) / pace if pace else None
+        if event.ended:
+            del self._began[event.stage]
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        told = replace(event, run=self._run, at=at, elapsed_s=elapsed, rate=rate, eta_s=eta_s)
+        for say in self._says:
+            say(told)
+
+    def also(self, say: Say) -> "Meter":
+        """One that tells somebody else too."""
+        return Meter(self._run, *self._says, say)
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run. ``run_id`` names its records; nothing else depends on it."""
+    """One run. ``run_id`` names its records; nothing else depends on it. ``stages_s``: wall time of each stage so far."""
 
     config: Config
     spec: EncoderSpec
@@ -41,7 +94,8 @@ class Job:
     storage: Storage
     embeddings: Storage
     run_id: str
-    say: Say
+    say: Meter
+    stages_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def embedding_folder(self) -> str:
@@ -53,6 +107,27 @@ class Job:
         return list(list_records(self.embeddings, self.embedding_folder).values())
 
 
+def stage(
+    name: str,
+) -> Callable[[Callable[Concatenate[Job, P], R]], Callable[Concatenate[Job, P], R]]:
+    """A stage of a run: its begin and its end are told, its wall time is kept in ``Job.stages_s``."""
+
+    def wrap(function: Callable[Concatenate[Job, P], R]) -> Callable[Concatenate[Job, P], R]:
+        @functools.wraps(function)
+        def timed(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            started = time.perf_counter()
+            job.say(Event(name))
+            try:
+                return function(job, *args, **kwargs)
+            finally:
+                job.stages_s[name] = job.stages_s.get(name, 0.0) + time.perf_counter() - started
+                job.say(Event(name, ended=True))
+
+        return timed
+
+    return wrap
+
+
 def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
     """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing."""
     folder = find_model(config.encoder.model, config.encoder.revision)
@@ -62,7 +137,8 @@ def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
     spec, model = resolve_spec(**settings, precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
     store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
-    return Job(config, spec, model, storage, Storage(store, config.store), new_run_id(), say)
+    run = new_run_id()
+    return Job(config, spec, model, storage, Storage(store, config.store), run, Meter(run, say))
 
 
 def new_run_id() -> str:

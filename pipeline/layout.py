@@ -9,6 +9,8 @@ BEATS = "beats"
 PASSAGES = "passages"
 SNAPSHOTS = "snapshots"
 EMBEDDINGS = "embeddings"
+RUNS = "runs"
+EVENTS = "events"
 
 
 def ingest_record(unit: str) -> str:
@@ -47,5 +49,10 @@ def beat(epoch: int, sequence: int) -> str:
 
 
 def run(run_id: str, name: str) -> str:
-    """A file of one run: ``merge.json``, ``evaluation.json``, ``result.json``."""
-    return f"runs/{run_id}/{name}"
+    """A file of one run: ``plan.json``, ``merge.json``, ``evaluation-<hash>.json``."""
+    return f"{RUNS}/{run_id}/{name}"
+
+
+def events(run_id: str) -> str:
+    """The folder of what a run told while it went on."""
+    return run(run_id, EVENTS)

@@ -111,7 +111,7 @@ def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> tuple[
     manifest = read_manifest(data, storage.at(path))
     if not storage.is_local:
         return cached(storage, folder, manifest, data, search)
-    for name, file in manifest.files.items():
+    for name, file in manifest.all_files.items():
         if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
             raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
     return Path(storage.at(folder)), None

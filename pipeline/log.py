@@ -149,6 +149,15 @@ class Lease:
             sequence += 1
 
 
+def last_beat(storage: Storage, held: LogEntry) -> str | None:
+    """When the writer of an acquire last gave a sign of life, by its own clock; None: no sign yet."""
+    beats = storage.list(layout.beat(held.epoch, 0).rpartition("/")[0])
+    try:
+        return storage.read(beats[-1]).decode() if beats else None
+    except FileNotFoundError:
+        return None
+
+
 def unlock(storage: Storage) -> LogEntry | None:
     """Take the root from its holder, alive or not, and give it back: the holder can commit no more. None: nobody held it."""
     log = Log(storage).refresh()

@@ -40,7 +40,7 @@ class Record(Document):
     """One finished unit of work, beside its data, created if absent. ``documents``: of an ingest unit, who they are.
 
     ``counts`` and ``timings_s`` say what it took, ``rates`` how well the machine was used: ``mfu``, the share of its
-    matrix-product rate, and for int8 the cosine to FP32.
+    matrix-product rate, and for int8 the cosine to FP32. ``machine``: what computed, its kind and size.
     """
 
     unit: str
@@ -50,6 +50,7 @@ class Record(Document):
     counts: dict[str, int] = Field(default_factory=dict)
     timings_s: dict[str, float] = Field(default_factory=dict)
     rates: dict[str, float] = Field(default_factory=dict)
+    machine: str | None = None
 
 
 class InputFile(BaseModel):
@@ -108,14 +109,23 @@ class OperatingPoint(BaseModel):
     latency_ms: float
 
 
+class Histogram(BaseModel):
+    """``counts[i]`` values lie from ``edges[i]`` on, under ``edges[i + 1]``; the last bin has its upper edge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
 class Health(BaseModel):
-    """How well a trained index fits the vectors in it; see pipeline.drift."""
+    """How well a trained index fits the vectors in it; see pipeline.drift. ``sizes``: vectors per list."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lists: int
     empty_lists: int
     imbalance: float
     quantization_error: float | None
+    sizes: Histogram | None = None
 
 
 class Evaluation(Document):
@@ -180,7 +190,8 @@ class ArtifactManifest(Merged):
     """The servable folder: every file with its hash, every record it was made from, what it is and how good.
 
     ``baseline``: evaluation of the first artifact with this trained index; ``verdict``: whether the trained index still
-    fitted, in words; ``drifted``: the measures over their limits.
+    fitted, in words; ``drifted``: the measures over their limits. ``report``: files about the artifact, which tell how long
+    things took; they are no part of its identity.
     """
 
     content: str
@@ -195,21 +206,22 @@ class ArtifactManifest(Merged):
     drifted: tuple[str, ...] = ()
     config: dict[str, Any]
     versions: dict[str, str]
+    report: dict[str, DataFile] = Field(default_factory=dict)
     checksum: str = ""
+
+    @property
+    def all_files(self) -> dict[str, DataFile]:
+        """What lies in the folder beside the manifest."""
+        return self.files | self.report
 
     def sealed(self) -> "ArtifactManifest":
         """A copy whose checksum covers all its other fields."""
-        return self.model_copy(update={"checksum": self._digest()})
+        return self.model_copy(update={"checksum": checksum(self.model_dump(mode="json"))})
 
-    def check(self, where: str) -> None:
-        """Raise VerificationError unless the checksum fits."""
-        if self.checksum != self._digest():
-            raise VerificationError(
-                f"{where}: the manifest's checksum does not fit its content; restore or rebuild the artifact"
-            )
 
-    def _digest(self) -> str:
-        return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
+def checksum(manifest: dict[str, Any]) -> str:
+    """What the checksum of a manifest must be, by its JSON as it is: today's fields are not those of older manifests."""
+    return sha256(canonical_json({name: value for name, value in manifest.items() if name != "checksum"}))
 
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)

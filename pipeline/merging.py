@@ -15,7 +15,7 @@ from pipeline import artifact, index, layout
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StorageError, VerificationError
 from pipeline.fingerprint import sha256
-from pipeline.index_plan import ID_BYTES, code_bytes
+from pipeline.index_plan import ID_BYTES, MERGE_COPIES, code_bytes
 from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES, Sources, merge_rows
 from pipeline.manifest import IndexPart, Merged, MergeRecord, TrainedManifest, to_bytes
@@ -24,8 +24,6 @@ from pipeline.storage import Storage
 from pipeline.vectors import INT8, VECTORS, Vectors, open_vectors, write_int8
 
 BLOCK_ROWS = 1 << 14
-MERGE_COPIES = 4
-"""Bytes of memory per byte of code and id while a part is merged: FAISS's lists grow by doubling, packing copies them."""
 TRAINED_COPIES = 3
 MIN_PART_VECTORS = 1000
 

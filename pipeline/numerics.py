@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import platform
+import re
 import sys
 from pathlib import Path
 
@@ -52,6 +54,17 @@ def on_gpu() -> bool:
     from pipeline import torch_engine
 
     return torch_engine.has_cuda()
+
+
+def machine_name(threads: int) -> str:
+    """What computes for an encoder of this process: the model of its GPU, or of the CPU with the threads that it has."""
+    if on_gpu():
+        from pipeline import torch_engine
+
+        return torch_engine.gpu_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+    return f"{named.group(1).strip() if named else platform.machine()} x {threads}"
 
 
 def cpu_threads() -> int:

@@ -12,14 +12,14 @@ import numpy as np
 
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents
 from pipeline.errors import DataError
+from pipeline.forecast import Rate, learned_rate, sizes
 from pipeline.formats import count_rows
-from pipeline.index_plan import IndexPlan, choose, index_bytes
+from pipeline.index_plan import IndexPlan, choose
 from pipeline.job import Job
-from pipeline.key_merge import LIBRARY_BYTES
 from pipeline.live import known_files
-from pipeline.merging import MERGE_COPIES
 from pipeline.model import EncoderSpec
-from pipeline.passages import KEY_BYTES, Splitter
+from pipeline.numerics import cpu_threads, machine_name
+from pipeline.passages import Splitter
 from pipeline.slices import Slice
 from pipeline.tokenizer import TextTokenizer
 from pipeline.units import count_done, identify_files, plan_units
@@ -27,11 +27,16 @@ from pipeline.units import count_done, identify_files, plan_units
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
 CALIBRATION_PASSAGES = 96
+DOCUMENT_RATIO = 0.4
+"""What zstd keeps of English text, about."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a reindex would do. ``*_bytes`` are bytes, ``encode_s`` seconds on this machine with one encoder."""
+    """What a reindex would do. ``*_bytes`` are bytes, ``encode_s`` seconds on this machine with one encoder.
+
+    ``rate_source``: where ``tokens_per_s`` is from.
+    """
 
     files: int
     input_bytes: int
@@ -52,6 +57,7 @@ class Plan:
     merge_memory_bytes: int
     search_memory_bytes: int
     tokens_per_s: float
+    rate_source: str
     encode_s: float
     encoder: str
     dim: int
@@ -66,7 +72,7 @@ def sample_texts(job: Job) -> list[str]:
 
 
 def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
-    """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second."""
+    """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second, where no record tells them."""
     listed = identify_files(job.config, known_files(job.storage))
     files = listed.chosen
     units = plan_units(files, job.config, job.spec.space)
@@ -80,11 +86,12 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
     tokens = round(factor * sum(passage.tokens for each in split for passage in each))
     text_bytes = factor * sum(len(passage.text.encode()) for each in split for passage in each)
     texts = [each[0].text for each in split]
-    rate = calibrate(
-        [texts[number] for number in np.linspace(0, len(texts) - 1, min(len(texts), CALIBRATION_PASSAGES)).astype(int)]
-    )
+    rate = learned_rate(job, machine_name(job.config.compute.cpus_per_encoder or cpu_threads()))
+    if rate is None:
+        chosen = np.linspace(0, len(texts) - 1, min(len(texts), CALIBRATION_PASSAGES)).astype(int)
+        rate = Rate(calibrate([texts[number] for number in chosen]), f"{len(chosen)} passages encoded just now")
     plan = choose(job.config.index, passages, job.spec.dim)
-    sizes = _sizes(plan, passages, job.spec.dim, text_bytes, job.config.compute.merge_memory)
+    made = sizes(plan, passages, job.spec.dim, DOCUMENT_RATIO * text_bytes, job.config.compute.merge_memory)
     return Plan(
         files=len(files),
         input_bytes=sum(file.size_bytes for file, _ in files),
@@ -99,11 +106,13 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
         tokens=tokens,
         truncated_documents=round(factor * sum(any(passage.truncated for passage in each) for each in split)),
         index=plan,
-        tokens_per_s=rate,
-        encode_s=tokens / rate,
+        tokens_per_s=rate.tokens_per_s,
+        rate_source=rate.source,
+        encode_s=tokens / rate.tokens_per_s,
         encoder=f"{job.spec.model}, {job.spec.precision}",
         dim=job.spec.dim,
-        **sizes,
+        search_memory_bytes=made["index_bytes"],
+        **made,
     )
 
 
@@ -122,18 +131,6 @@ def _splitter(job: Job) -> Splitter:
     return Splitter(
         TextTokenizer(job.model, job.spec.max_tokens, job.spec.prompts), job.config.passages, job.spec.document_prompt
     )
-
-
-def _sizes(plan: IndexPlan, passages: int, dim: int, text_bytes: float, limit: int) -> dict[str, int]:
-    vectors = 2 * dim * passages
-    size = index_bytes(plan, passages, dim)
-    return {
-        "embedding_bytes": vectors + KEY_BYTES * passages,
-        "artifact_bytes": round(vectors + size + 0.4 * text_bytes),  # zstd keeps about 40 % of English text
-        "index_bytes": size,
-        "merge_memory_bytes": min(LIBRARY_BYTES + MERGE_COPIES * size, limit),
-        "search_memory_bytes": size,
-    }
 
 
 def _usable_sample(slices: Sequence[Slice], job: Job) -> tuple[list[SourceDocument], int]:

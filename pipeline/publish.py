@@ -1,5 +1,6 @@
 """Put an artifact live: manifest, verification of every stored byte, the recall gate, the commit."""
 
+import contextlib
 import importlib.metadata
 import platform
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from pipeline.job import Event, Job
 from pipeline.log import Lease, Log, LogEntry
 from pipeline.manifest import (
     ArtifactManifest,
+    DataFile,
     Evaluation,
     Merged,
     MergeRecord,
@@ -51,7 +53,7 @@ def usable_live(job: Job) -> ArtifactManifest | None:
     """The live artifact, or None where there is none or it is damaged: then it is built anew, which ``say`` tells."""
     try:
         manifest = live_artifact(job.storage)
-        for name, file in manifest.files.items() if manifest else ():
+        for name, file in manifest.all_files.items() if manifest else ():
             path = f"{layout.artifact(manifest.version)}/{name}" if manifest else ""
             if job.storage.size(path) != file.size_bytes:
                 raise VerificationError(f"{job.storage.at(path)}: missing or of another size than its manifest says")
@@ -96,13 +98,13 @@ def require_live(storage: Storage) -> ArtifactManifest:
     return manifest
 
 
-def write_manifest(
+def compose_manifest(
     job: Job, content: str, coverage: Coverage, trained: TrainedManifest, merged: MergeRecord, found: tuple[Evaluation, Verdict]
 ) -> ArtifactManifest:
-    """Compose and store the manifest: from here on the folder is an artifact."""
+    """The manifest of merged and evaluated files, not yet sealed nor stored."""
     snapshot, (evaluation, verdict) = coverage.snapshot, found
     carried = {name: getattr(merged, name) for name in Merged.model_fields} | {"counts": snapshot.counts | merged.counts}
-    manifest = ArtifactManifest(
+    return ArtifactManifest(
         **carried,
         content=content,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,9 +118,14 @@ def write_manifest(
         drifted=verdict.reasons,
         config=job.config.model_dump(mode="json", exclude={"store": {"s3"}}),
         versions=_versions(),
-    ).sealed()
-    if not job.storage.create(f"{layout.artifact(merged.version)}/{MANIFEST}", to_bytes(manifest)):
-        check_unused(job.storage, merged.version)
+    )
+
+
+def write_manifest(storage: Storage, draft: ArtifactManifest, report: dict[str, DataFile]) -> ArtifactManifest:
+    """Store a manifest with its report: from here on the folder is an artifact."""
+    manifest = draft.model_copy(update={"report": report}).sealed()
+    if not storage.create(f"{layout.artifact(manifest.version)}/{MANIFEST}", to_bytes(manifest)):
+        check_unused(storage, manifest.version)
     return manifest
 
 
@@ -163,8 +170,8 @@ def commit(lease: Lease, storage: Storage, manifest: ArtifactManifest, *, measur
 
 
 def _versions() -> dict[str, str]:
-    installed = {
-        dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
-    }
-    found = {name: installed[name] for name in VERSIONED if name in installed}
-    return {"vecmill": __version__, "python": platform.python_version(), "machine": platform.machine()} | found
+    found = {"vecmill": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline import drift, layout, publish, retries
+from pipeline.account import make_account
 from pipeline.artifact import verify
 from pipeline.config import Config
 from pipeline.coverage import Coverage, cover
@@ -16,9 +17,11 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation import read_queries
 from pipeline.indexing import is_asked_anew
 from pipeline.job import Event, Job, Say, plan_job
+from pipeline.journal import journal
 from pipeline.live import config_spec
 from pipeline.log import Lease, writing
 from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
+from pipeline.report import put_report
 from pipeline.snapshot import snapshot_of
 from pipeline.stages import index as stages
 from pipeline.stages.cluster import Cluster, connected
@@ -72,7 +75,7 @@ def reindex(
         if live and live.content == content and not rebuild:
             measured = _measured_again(job, coverage, live, lease, cluster) if go_live and is_asked_anew(job, live) else None
             if measured is None:
-                say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
+                job.say(Event("publish", f"nothing new: artifact {live.version} is live and holds this corpus"))
             built, live, committed = None, measured or live, bool(measured)
         else:
             built = build(job, coverage, trained, live, lease, cluster)
@@ -89,7 +92,7 @@ def reindex(
 def build(
     job: Job, coverage: Coverage, trained: TrainedManifest, before: ArtifactManifest | None, lease: Lease, cluster: Cluster
 ) -> ArtifactManifest:
-    """Merge, evaluate and judge under a version that no other writer can have: its epoch is in the name.
+    """Merge, evaluate, judge and report under a version that no other writer can have: its epoch is in the name.
 
     ``before``: the artifact that this one follows; with the same trained index its baseline stays the one to compare with.
     """
@@ -100,7 +103,9 @@ def build(
     evaluation = stages.evaluate(job, coverage, merged, trained, cluster)
     verdict = drift.judge(evaluation, trained, before, job.config)
     job.say(Event("drift", str(verdict), 1, 1))
-    return publish.write_manifest(job, content, coverage, trained, merged, (evaluation, verdict))
+    draft = publish.compose_manifest(job, content, coverage, trained, merged, (evaluation, verdict))
+    report = put_report(job.storage, make_account(job, coverage, draft, merged))
+    return publish.write_manifest(job.storage, draft, report)
 
 
 def tune(config: Config, *, say: Say = lambda _: None) -> ArtifactManifest:
@@ -131,8 +136,9 @@ def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
     retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
         job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=say)
-        with writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: say(Event("lock", text))) as lease:
-            yield job, lease, cluster
+        told = writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: job.say(Event("lock", text)))
+        with told as lease, journal(job) as written:
+            yield written, lease, cluster
 
 
 def ingest_only(config: Config, *, limit: int | None = None, say: Say = lambda _: None) -> SnapshotManifest:

@@ -192,6 +192,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def gpu_name() -> str:
+    """The model of the GPU that torch uses."""
+    return str(torch.cuda.get_device_name())
+
+
 def set_threads(threads: int) -> None:
     """CPU threads of this process for torch, whatever Ray or the environment set before."""
     torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ from pipeline.storage import Storage, Stored
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-COLLECTED = ("artifacts", layout.SNAPSHOTS, layout.PASSAGES, layout.EMBEDDINGS, "trained", "shards", "runs", layout.BEATS)
+COLLECTED = ("artifacts", layout.SNAPSHOTS, layout.PASSAGES, layout.EMBEDDINGS, "trained", "shards", layout.RUNS, layout.BEATS)
 """Folders of a root that gc looks into; whatever else is there is not ours."""
 LEFTOVERS = (".tmp-", ".scratch-")
 
@@ -86,8 +86,8 @@ def collect_held(
     log = Log(storage).refresh()
     commits = _last_commits(log, keep)
     found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
-    needed = set(_needed(storage, commits))
     files = storage.walk()
+    needed = set(_needed(storage, commits)) | set(_told(log, commits, files))
     now = max((file.modified_s for file in files), default=0.0)  # an entry of the log at the latest
     shared = config.store.embeddings is not None
     doomed = [
@@ -155,12 +155,20 @@ def _needed(storage: Storage, commits: list[LogEntry]) -> Iterator[str]:
     for entry in commits:
         folder = layout.artifact(str(entry.artifact))
         yield f"{folder}/{MANIFEST}"
-        if entry.evaluation:
-            yield layout.run(entry.run, entry.evaluation.name)
         manifest = read_manifest(storage.read(f"{folder}/{MANIFEST}"), storage.at(folder))
-        yield from (f"{folder}/{name}" for name in manifest.files)
+        yield from (f"{folder}/{name}" for name in manifest.all_files)
         yield from _snapshot_files(storage, manifest.snapshot)
         yield from _shard_files(storage, manifest)
+
+
+def _told(log: Log, commits: list[LogEntry], files: list[Stored]) -> Iterator[str]:
+    """What the runs that made these artifacts, or measured them again, wrote about themselves; not the rows they left out."""
+    kept = {entry.artifact for entry in commits}
+    runs = {entry.run for entry in log.backwards() if entry.kind == "commit" and entry.artifact in kept}
+    for file in files:
+        folder, _, rest = file.path.partition("/")
+        if folder == layout.RUNS and rest.partition("/")[0] in runs and file.path.endswith(".json"):
+            yield file.path
 
 
 def _snapshot_files(storage: Storage, name: str) -> Iterator[str]:

@@ -23,9 +23,11 @@ from pipeline.embeddings import (
     tokenize_unit,
 )
 from pipeline.errors import VecmillError
-from pipeline.job import Event, Job
+from pipeline.forecast import Ahead, put_forecast
+from pipeline.job import Event, Job, stage
 from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
+from pipeline.numerics import machine_name
 from pipeline.shards import KEY_DTYPE
 from pipeline.snapshot import ceiling, part_keys, parts
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
@@ -54,14 +56,20 @@ LOST_UNITS_PER_ENCODER = 2 * ACTOR_THREADS
 """Units in flight when an encoder dies for good; more than that lost is not the fault of a document."""
 
 
+@stage("embed")
 def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     """Encode what the store lacks of a snapshot; returns how many passages that were."""
-    keyed = [(part.file, part_keys(job.storage, part), part.kept) for part in parts(job.storage, snapshot)]
+    found = parts(job.storage, snapshot)
+    keyed = [(part.file, part_keys(job.storage, part), part.kept) for part in found]
     folder, records = job.embedding_folder, job.embedding_records()
     known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
     passages = sum(len(keys) for _, keys, _ in keyed)
     units = plan_embedding(keyed, known, unit_passages(job.config.compute, cluster, passages))
     total = sum(unit.passages for unit in units)
+    machine = machine_name(cluster.threads(job.config.compute)) if cluster.nodes == 1 else None
+    document_bytes = sum(part.file.size_bytes for part in found)
+    encoders = cluster.encoders(job.config.compute)
+    put_forecast(job, Ahead(passages, snapshot.counts["tokens"], document_bytes, total, encoders, machine))
     job.say(Event("embed", "", 0, total, {}))
     done = _run(job, cluster, units, total) if units else []
     done += _rescue(job, cluster, units, done) if len(done) < len(units) else []
@@ -109,7 +117,7 @@ def _run(job: Job, cluster: Cluster, units: list[EmbedUnit], total: int) -> list
             records.append(record := Record.model_validate_json(row["record"]))
             retries.add(row["retries"])
             done, tokens = done + record.counts["passages"] + record.counts["rejected"], tokens + record.counts["tokens"]
-            job.say(Event("embed", "", done, total, {"tokens": tokens, "units": len(records)}))
+            job.say(Event("embed", "", done, total, {"passages": done, "tokens": tokens}))
     except ray.exceptions.RayError as error:
         raise own_error(error) from error
     return records
@@ -213,6 +221,7 @@ class EncoderActor:
         self._folder = folder
         self._alone = threading.Lock()
         self._peak = 0.0
+        self._machine = machine_name(threads)
         self._idle_since = time.perf_counter()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -250,5 +259,5 @@ class EncoderActor:
         self._idle_since = time.perf_counter()
         counts = {"tokens": encoded.tokens, "padded_tokens": encoded.padded_tokens, "rescued": encoded.rescued}
         counts["batch_tokens"] = encoder.batch_tokens
-        update = {"counts": counts, "timings_s": draft.timings_s | timings, "rates": rates}
+        update = {"counts": counts, "timings_s": draft.timings_s | timings, "rates": rates, "machine": self._machine}
         return encoded, draft.model_copy(update=update)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pipeline import index, indexing, layout, merging
 from pipeline.coverage import Coverage, covered_keys
 from pipeline.index_plan import choose, is_coded
-from pipeline.job import Event, Job
+from pipeline.job import Event, Job, Meter, stage
 from pipeline.key_merge import Sources
 from pipeline.manifest import Evaluation, Merged, MergeRecord, Record, TrainedManifest, list_records
 from pipeline.shards import Keys, is_among, read_keys
@@ -13,6 +13,7 @@ from pipeline.snapshot import parts
 from pipeline.stages.cluster import Cluster, run_all, run_one
 
 
+@stage("train")
 def train(job: Job, coverage: Coverage, cluster: Cluster, live: TrainedManifest | None) -> tuple[TrainedManifest, bool]:
     """The trained index for what is covered, and whether it is new: that of the ``live`` artifact is kept while it fits."""
     trained: TrainedManifest
@@ -23,6 +24,7 @@ def train(job: Job, coverage: Coverage, cluster: Cluster, live: TrainedManifest 
     return trained, is_new
 
 
+@stage("add")
 def add(job: Job, coverage: Coverage, trained: TrainedManifest) -> int:
     """Make the index shards that are missing; returns how many those were. A flat index has none."""
     if not is_coded(trained.kind):
@@ -43,6 +45,7 @@ def add(job: Job, coverage: Coverage, trained: TrainedManifest) -> int:
     return len(missing)
 
 
+@stage("merge")
 def merge(job: Job, coverage: Coverage, trained: TrainedManifest, version: str) -> MergeRecord:
     """The data files of the artifact ``version``."""
     merged: MergeRecord = run_one(_merge, _plain(job), coverage, trained, version, cpus=1)
@@ -51,6 +54,7 @@ def merge(job: Job, coverage: Coverage, trained: TrainedManifest, version: str) 
     return merged
 
 
+@stage("evaluate")
 def evaluate(job: Job, coverage: Coverage, merged: Merged, trained: TrainedManifest, cluster: Cluster) -> Evaluation:
     """Recall of a merged index."""
     found: Evaluation = run_one(_evaluate, _plain(job), coverage, merged, trained, cluster.node_cpus, cpus=1)
@@ -91,8 +95,4 @@ def _has_live(job: Job, record: Record, live: Keys) -> bool:
 
 def _plain(job: Job) -> Job:
     """The job as it may travel: without the way to tell progress, which belongs to the driver."""
-    return replace(job, say=_mute)
-
-
-def _mute(event: Event) -> None:
-    del event
+    return replace(job, say=Meter(job.run_id))

@@ -14,7 +14,7 @@ from pipeline.documents import deleted_keys, resolve
 from pipeline.errors import ProcessError, VecmillError, VerificationError
 from pipeline.fingerprint import fingerprint
 from pipeline.ingestion import Place, document_places, ingest_unit, split_documents
-from pipeline.job import Event, Job
+from pipeline.job import Event, Job, stage
 from pipeline.live import live_snapshot
 from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
@@ -34,6 +34,7 @@ LOST_UNITS = 8
 """More units whose process died are not the fault of a document."""
 
 
+@stage("ingest")
 def ingest(job: Job, limit: int | None = None) -> SnapshotManifest:
     """Bring the snapshot up to date; ``limit``: only so many documents. Raises DataError above the ceiling of bad rows."""
     config, earlier = job.config, None

@@ -100,7 +100,7 @@ def reindex(home: Path, corpus: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "jobs", "reindex", "-c", str(config), "--json", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOME)
     wall_s = time.perf_counter() - started
-    result = json.loads(done.stdout)
+    result = json.loads(done.stdout.splitlines()[-1])
     live = result["live"]
     return {
         "wall_s": round(wall_s, 1),

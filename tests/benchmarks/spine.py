@@ -113,7 +113,7 @@ def noop(folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "jobs", "reindex", "-c", str(file), "--json", "-q"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOME)
         times.append(time.perf_counter() - started)
-        result = json.loads(done.stdout)
+        result = json.loads(done.stdout.splitlines()[-1])
         assert (result["encoded"], result["committed"]) == (0, False)
     return {"seconds": round(statistics.median(times), 1), "encoded": 0, "committed": False}
 

@@ -30,6 +30,15 @@ def vecmill(*arguments: Any, check: bool = True, **options: Any) -> subprocess.C
     return done
 
 
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The last line of a stream of events."""
+    *events, result = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {event["event"] for event in events} == {"stage"}
+    assert result.pop("event") == "result"
+    assert {event["run"] for event in events} == {result["run"]}
+    return result
+
+
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
     """A root made by the command itself, with a Ray of its own."""
@@ -38,8 +47,11 @@ def indexed(tmp_path_factory):
     file = folder / "c.yaml"
     file.write_text(f"root: {folder}/root\ncorpus: {{uri: {folder}/a.jsonl}}\n")
     done = vecmill("reindex", "-c", file, "--json")
-    result = json.loads(done.stdout)
+    result = result_of(done)
     assert (result["encoded"], result["committed"], result["live"]["recall"]["mean"]) == (300, True, 1.0)
+    told = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
+    assert [event["stage"] for event in told if event["ended"]] == ["ingest", "embed", "train", "add", "merge", "evaluate"]
+    assert told[0].keys() >= {"event", "run", "at", "stage", "message", "done", "total", "counts", "elapsed_s", "rate", "eta_s"}
     stages = [line.partition(":")[0] for line in done.stderr.splitlines()]
     assert stages == ["ingest", "embed", "train", "add", "merge", "evaluate", "drift", "publish"], done.stderr
     assert "\x1b" not in done.stderr + done.stdout
@@ -71,7 +83,7 @@ def test_python_dash_m_jobs_is_the_same_program(indexed):
     done = subprocess.run(
         [sys.executable, "-m", "jobs", "verify", "-c", str(indexed)], capture_output=True, text=True, check=True
     )
-    assert "4 files" in done.stdout
+    assert "6 files" in done.stdout
 
 
 def test_status_verify_and_second_reindex(indexed):
@@ -79,12 +91,23 @@ def test_status_verify_and_second_reindex(indexed):
     assert status["next"] == {"files": 1, "units": 1, "units_to_ingest": 0}
     assert status["writer"] is None
     assert status["live"] == status["artifacts"][0]["artifact"] == status["commits"][0]["artifact"]
-    assert "units changed or new" in vecmill("status", "-c", indexed).stdout
+    shown = vecmill("status", "-c", indexed).stdout
+    assert "units changed or new" in shown
+    assert f"{status['runs'][0]['run']} finished, last sign of life" in shown
+    assert (status["runs"][0]["run"], status["runs"][0]["state"]) == (status["commits"][0]["run"], "finished")
     assert json.loads(vecmill("verify", "-c", indexed, "--json").stdout)["ok"]
     again = vecmill("reindex", "-c", indexed, "--json", "-q")
     assert again.stderr == ""
-    result = json.loads(again.stdout)
+    result = result_of(again)
     assert (result["encoded"], result["trained"], result["index_shards"], result["committed"]) == (0, False, 0, False)
+
+
+def test_report_is_written_as_a_page(indexed, tmp_path):
+    shown = vecmill("report", "-c", indexed, "--html", tmp_path / "report.html").stdout
+    assert "recall@10" in shown
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    refused = vecmill("report", "-c", indexed, "--html", tmp_path / "none" / "report.html", check=False)
+    assert (refused.returncode, "cannot be written" in refused.stderr) == (1, True)
 
 
 def test_plan_writes_nothing_and_is_right(tmp_path):

@@ -62,6 +62,8 @@ def test_artifact_is_complete_and_opens_with_plain_faiss(tmp_path, real_rows):
         "documents.parquet",
         "index.faiss",
         "manifest.json",
+        "report.html",
+        "report.json",
         "vectors.f16",
     ]
     index = faiss.read_index(str(folder / "index.faiss"))
@@ -89,7 +91,9 @@ def test_second_run_does_nothing(tmp_path, real_rows):
     assert len(commits(config)) == 1
     after = files_below(tmp_path / "root")
     new = {path.parts[len(tmp_path.parts) + 1] for path in after.keys() - before.keys()}
-    assert new <= {"log", "beats"}
+    assert new <= {"log", "beats", "runs"}
+    told = {path.parent.name for path in after.keys() - before.keys() if "runs" in path.parts}
+    assert told == {second.run, "events"}  # what it expected and how it went
     assert all(after[path] == stamp for path, stamp in before.items())
 
 

@@ -1,4 +1,7 @@
-"""A whole run in this process: no Ray, a stand-in for the encoder; all else is what users run. Some tenths of a second."""
+"""A whole run in this process: no Ray, a stand-in for the encoder, reports without plots; all else is what users run.
+
+Some tenths of a second.
+"""
 
 import contextlib
 import hashlib
@@ -7,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pipeline import run
+from pipeline import report, run
 from pipeline.embeddings import put_embeddings, tokenize_unit
 from pipeline.manifest import Record
 from pipeline.stages import embed, index, ingest
@@ -18,6 +21,7 @@ from pipeline.stages.cluster import Cluster
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """``reindex`` and its parts run in this process."""
     monkeypatch.setattr(run, "connected", _connected)
+    monkeypatch.setattr(report, "_plots", lambda _account: {"tokens": "", "recall": ""})
     monkeypatch.setattr(ingest, "_run", _ingest)
     monkeypatch.setattr(embed, "_run", _embed)
     monkeypatch.setattr(index, "run_one", lambda task, *arguments, cpus: task(*arguments))

@@ -28,8 +28,20 @@ KILLED = {"before", "after", "torn"}
 FATES = ("documents", "rejected", "duplicates", "replaced", "deleted")
 WRITES = ("put", "create", "adopt")
 TTL_S = 0.1
-TIMING = {"created", "version", "timings_s", "checksum", "points", "latency_ms", "point", "asked", "config", "verdict"}
-"""What may differ between two runs to the same end: when, under which epoch, how fast."""
+TIMING = {
+    "created",
+    "version",
+    "timings_s",
+    "checksum",
+    "points",
+    "latency_ms",
+    "point",
+    "asked",
+    "config",
+    "verdict",
+    "report",
+}
+"""What may differ between two runs to the same end: when, under which epoch, how fast. A report tells how fast."""
 
 
 class Killed(BaseException):
@@ -48,7 +60,7 @@ class Writes:
 
     def _counted(self, write):
         def counted(storage, path, data):
-            if path.startswith(layout.BEATS):  # of a thread: they come when they come
+            if path.startswith(layout.BEATS) or f"/{layout.EVENTS}/" in path:  # of a thread: they come when they come
                 if self.is_dead:
                     raise StorageError("the process is gone")
                 return write(storage, path, data)
@@ -97,10 +109,11 @@ def outcome(config):
     assert audit(config, 100).passages == live.counts["passages"]
     upkeep.collect(config, keep=1, grace_s=-1)
     verify(storage, layout.artifact(live.version))
+    run = next(entry.run for entry in Log(storage).refresh().backwards() if entry.kind == "commit")
     files = sorted(
-        str(path.relative_to(root)).replace(live.version, "live")
+        str(path.relative_to(root)).replace(live.version, "live").replace(run, "run")
         for path in root.rglob("*")
-        if path.is_file() and path.relative_to(root).parts[0] not in {"log", layout.BEATS}
+        if path.is_file() and not {"log", layout.BEATS, layout.EVENTS} & {*path.relative_to(root).parts}
     )
     return without_timing(live.model_dump(mode="json")), rows, files
 

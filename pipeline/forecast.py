@@ -1,0 +1,100 @@
+"""What a run is expected to take, noted before it encodes: ``runs/<run>/plan.json``. And what the past teaches about speed.
+
+Nothing is read that the run would not read anyway but for a few records; what nobody has measured yet is left open.
+"""
+
+from dataclasses import dataclass
+
+from pipeline import layout
+from pipeline.index_plan import MERGE_COPIES, IndexPlan, choose, index_bytes
+from pipeline.job import Job
+from pipeline.key_merge import LIBRARY_BYTES
+from pipeline.manifest import Document, Record, load, to_bytes
+from pipeline.passages import KEY_BYTES
+
+PLAN = "plan.json"
+RATE_RECORDS = 8
+LOOKED_AT_RECORDS = 24
+MIN_RATE_TOKENS = 10_000
+"""Fewer tell how long an encoder takes to warm up."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second of one encoder, and how it is known."""
+
+    tokens_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What lies before a run that knows its snapshot: ``to_encode`` of its passages have no vector yet."""
+
+    passages: int
+    tokens: int
+    document_bytes: int
+    to_encode: int
+    encoders: int
+    machine: str | None
+
+
+class Forecast(Document):
+    """What the run was expected to make and take. ``encode_s``: None where this encoder left no record yet."""
+
+    passages: int
+    tokens: int
+    to_encode: int
+    encode_s: float | None
+    rate_source: str
+    embedding_bytes: int
+    index_bytes: int
+    artifact_bytes: int
+    merge_memory_bytes: int
+
+
+def learned_rate(job: Job, machine: str | None) -> Rate | None:
+    """The speed of this encoder in its newest records on a kind of machine; without ``machine`` on that of the newest."""
+    files = [file for file in job.embeddings.walk(job.embedding_folder) if file.path.endswith(".json")]
+    used: list[Record] = []
+    for file in sorted(files, key=lambda file: -file.modified_s)[:LOOKED_AT_RECORDS]:
+        record = load(Record, job.embeddings, file.path)
+        if record is None or record.machine is None or not record.timings_s.get("encode"):
+            continue
+        machine = machine or record.machine
+        if record.machine == machine and len(used) < RATE_RECORDS:
+            used.append(record)
+    tokens = sum(record.counts["tokens"] for record in used)
+    if tokens < MIN_RATE_TOKENS:
+        return None
+    seconds = sum(record.timings_s["encode"] for record in used)
+    return Rate(tokens / seconds, f"the last {len(used)} embedding records of {machine}")
+
+
+def sizes(plan: IndexPlan, passages: int, dim: int, document_bytes: float, limit: int) -> dict[str, int]:
+    """Bytes on disk and in memory. ``limit``: of the merge's memory."""
+    vectors = 2 * dim * passages
+    size = index_bytes(plan, passages, dim)
+    return {
+        "embedding_bytes": vectors + KEY_BYTES * passages,
+        "artifact_bytes": round(vectors + size + document_bytes),
+        "index_bytes": size,
+        "merge_memory_bytes": min(LIBRARY_BYTES + MERGE_COPIES * size, limit),
+    }
+
+
+def put_forecast(job: Job, ahead: Ahead) -> Forecast:
+    """Note what the run is expected to take. ``tokens``: of the passages to encode, as long as all are on average."""
+    tokens = round(ahead.tokens * ahead.to_encode / max(1, ahead.passages))
+    rate = learned_rate(job, ahead.machine) if tokens else Rate(1.0, "nothing to encode")
+    plan = choose(job.config.index, ahead.passages, job.spec.dim)
+    forecast = Forecast(
+        passages=ahead.passages,
+        tokens=tokens,
+        to_encode=ahead.to_encode,
+        encode_s=tokens / rate.tokens_per_s / ahead.encoders if rate else None,
+        rate_source=rate.source if rate else "no record of this encoder on this kind of machine yet",
+        **sizes(plan, ahead.passages, job.spec.dim, ahead.document_bytes, job.config.compute.merge_memory),
+    )
+    job.storage.create(layout.run(job.run_id, PLAN), to_bytes(forecast))
+    return forecast
