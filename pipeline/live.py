@@ -72,14 +72,22 @@ def _open(config: Config, storage: Storage, manifest: ArtifactManifest) -> Opene
 
 
 def open_uri(
-    uri: str, search: SearchConfig | None = None, store: StoreConfig | None = None, *, trust_remote_code: bool = False
+    uri: str,
+    search: SearchConfig | None = None,
+    store: StoreConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+    verified: bool = False,
 ) -> Opened:
     """Open an artifact folder wherever it is; the model named in its manifest must be on this machine.
 
-    ``trust_remote_code``: whether that model may run code of its own, which an artifact cannot decide for you.
+    ``trust_remote_code``: whether that model may run code of its own, which an artifact cannot decide for you. ``verified``:
+    read every byte of a local folder first; a remote one is verified when it is copied here.
     """
     search = search or SearchConfig()
     storage = Storage(uri, store)
+    if verified and storage.is_local:
+        verify(storage, "")
     folder = _local_folder(storage, "", search)
     manifest = read_manifest((folder / MANIFEST).read_bytes(), storage.at(MANIFEST))
     spec = spec_of(manifest)
