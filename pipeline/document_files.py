@@ -4,6 +4,7 @@ A Parquet writer holds 9 KB for every row group until its file is closed, and as
 26); a reader has to parse the whole footer. So a file ends after some thousand row groups, and is opened when it is asked.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -107,15 +108,21 @@ class Documents:
         return found
 
     def _rows_in(self, number: int, ordinals: Ordinals) -> list[dict[str, Any]]:
-        parquet, firsts = self._opened(number)
+        parquet, firsts = self._opened(number, threading.get_ident())
         groups = sorted({group for ordinal in ordinals for group in _groups_of(firsts, int(ordinal))})
         table = parquet.read_row_groups(groups)
         chosen = np.isin(table.column("ordinal").to_numpy(), ordinals)
         return cast(list[dict[str, Any]], table.filter(pa.array(chosen)).to_pylist())
 
 
-def _open(folder: Path, files: Sequence[DocumentsFile], number: int) -> tuple[pq.ParquetFile, npt.NDArray[np.int64]]:
-    """A file, and the first ordinal of each of its row groups."""
+def _open(
+    folder: Path, files: Sequence[DocumentsFile], number: int, thread: int
+) -> tuple[pq.ParquetFile, npt.NDArray[np.int64]]:
+    """A file, and the first ordinal of each of its row groups.
+
+    Opened for each ``thread``: two that read from one handle find "no matching cache entry" (pyarrow 26).
+    """
+    del thread
     parquet = pq.ParquetFile(folder / files[number].name, memory_map=True, page_checksum_verification=True)
     metadata = parquet.metadata
     column = metadata.schema.names.index("ordinal")

@@ -159,7 +159,7 @@ async def _invalid(_: HttpRequest, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return RefusedError(400, "invalid_json", f"the body is not JSON: {first['ctx']['error']}").response()
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
     return RefusedError(422, "invalid_value", f"{param or 'body'}: {first['msg']}", param).response()
 
 

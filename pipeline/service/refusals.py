@@ -1,8 +1,9 @@
 """What a request can be refused for, as HTTP tells it: OpenAI's error envelope, never a stack trace."""
 
+import json
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 KINDS = {
     401: "authentication_error",
@@ -25,13 +26,16 @@ class RefusedError(Exception):
         self.code = code
         self.param = param
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The envelope with its status; 429 and 503 say when to come again."""
         error: dict[str, Any] = {"message": str(self), "type": KINDS.get(self.status, "invalid_request_error")}
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in {429, 503} else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse({"error": error | {"param": self.param, "code": self.code}}, self.status, headers=headers)
+        body = json.dumps(
+            {"error": error | {"param": self.param, "code": self.code}}
+        )  # escaped: names may hold half a surrogate
+        return Response(body, self.status, headers, "application/json")
 
 
 def wrong(param: str, message: str) -> RefusedError:
