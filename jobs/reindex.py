@@ -1,6 +1,10 @@
 """``vecmill reindex`` and its parts ``ingest``, ``embed``, ``index``."""
 
-from typing import Annotated, Any
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +20,24 @@ from jobs.options import (
     progress,
 )
 from pipeline.config_file import load_config
+from pipeline.errors import VecmillError
+from pipeline.exposition import Meters
 from pipeline.job import Event
 from pipeline.manifest import ArtifactManifest
+from pipeline.metrics import (
+    INDEX_NTOTAL,
+    LAST_RUN,
+    RECALL,
+    RUN_ENCODED,
+    RUN_EXIT_CODE,
+    RUN_RETRIES,
+    RUN_ROWS,
+    RUN_SECONDS,
+    RUN_TIME,
+)
+
+if TYPE_CHECKING:
+    from pipeline.run import Outcome
 
 
 @command
@@ -26,6 +46,9 @@ def reindex(
     overrides: SetOption = None,
     limit: LimitOption = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Build the artifact but do not put it live")] = False,
+    metrics_file: Annotated[
+        Path | None, typer.Option("--metrics-file", help="Write the run's metrics there for node-exporter's textfile collector")
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -34,8 +57,9 @@ def reindex(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet) as say:
+    with progress(quiet=quiet) as say, _measured(metrics_file) as ended:
         outcome = run.reindex(settings, limit=limit, go_live=not no_publish, say=say)
+        ended.append(outcome)
         if outcome.retries:
             say(Event("storage", f"{outcome.retries} requests to the object store were made again"))
     if as_json:
@@ -112,6 +136,39 @@ def index(
         outcome = run.reindex(settings, encode=False, rebuild=rebuild, say=say)
     if as_json:
         print_json({"index_shards": outcome.index_shards, "committed": outcome.committed, "live": _summary(outcome.live)})
+
+
+@contextlib.contextmanager
+def _measured(file: Path | None) -> Iterator[list["Outcome"]]:
+    """Write the metrics of a run when it ends, well or not; its outcome, if it has one, is put into the list."""
+    outcomes: list[Outcome] = []
+    started, code = time.monotonic(), 1
+    try:
+        yield outcomes
+        code = 0
+    except VecmillError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if file is not None:
+            _meters(outcomes[0] if outcomes else None, code, time.monotonic() - started).write(file)
+
+
+def _meters(outcome: "Outcome | None", exit_code: int, seconds: float) -> Meters:
+    meters = Meters(LAST_RUN)
+    meters.level(RUN_EXIT_CODE, exit_code)
+    meters.level(RUN_TIME, time.time())
+    meters.level(RUN_SECONDS, seconds)
+    if outcome is None:
+        return meters
+    meters.level(RUN_ENCODED, outcome.encoded)
+    meters.level(RUN_RETRIES, outcome.retries)
+    for status in ("documents", "rejected", "duplicates", "replaced", "deleted"):
+        meters.level(RUN_ROWS, outcome.snapshot.counts.get(status, 0), status=status)
+    if outcome.live is not None:
+        meters.level(INDEX_NTOTAL, outcome.live.counts["passages"])
+        meters.level(RECALL, outcome.live.evaluation.recall)
+    return meters
 
 
 def _summary(manifest: ArtifactManifest | None) -> dict[str, Any] | None:

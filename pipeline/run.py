@@ -12,7 +12,7 @@ from pipeline import drift, layout, publish, retries
 from pipeline.artifact import verify
 from pipeline.config import Config
 from pipeline.coverage import Coverage, cover
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, VecmillError
 from pipeline.evaluation import read_queries
 from pipeline.indexing import is_asked_anew
 from pipeline.job import Event, Job, Say, plan_job
@@ -21,6 +21,7 @@ from pipeline.log import Lease, writing
 from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
 from pipeline.snapshot import snapshot_of
 from pipeline.stages import index as stages
+from pipeline.stages import metering
 from pipeline.stages.cluster import Cluster, connected
 from pipeline.stages.embed import embed
 from pipeline.stages.ingest import ingest
@@ -83,7 +84,9 @@ def reindex(
                     built = build(job, coverage, trained, built, lease, cluster)
             committed = go_live and _go_live(job, built, live, lease)
             live = built if committed else live
-        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, live, committed, retries.taken())
+        again = retries.taken()
+        metering.ended("committed" if committed else "unpublished" if built else "unchanged", live, again)
+        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, live, committed, again)
 
 
 def build(
@@ -130,9 +133,13 @@ def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
     retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
-        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=say)
+        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=metering.watched(say))
         with writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: say(Event("lock", text))) as lease:
-            yield job, lease, cluster
+            try:
+                yield job, lease, cluster
+            except VecmillError:
+                metering.ended("failed")
+                raise
 
 
 def ingest_only(config: Config, *, limit: int | None = None, say: Say = lambda _: None) -> SnapshotManifest:

@@ -27,6 +27,7 @@ from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
 from pipeline.shards import KEY_DTYPE
 from pipeline.snapshot import part_keys, parts
+from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import Pieces
 from pipeline.storage import Storage
@@ -128,6 +129,7 @@ def _rescue(job: Job, cluster: Cluster, units: list[EmbedUnit], done: list[Recor
             encoded, draft = pieces.encode(row)
             keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
             records.append(put_embeddings(job.embeddings, job.embedding_folder, keys, encoded.vectors, encoded.failed, draft))
+            metering.embedded(records[-1], encoded.failed.values())
     pieces.close()
     return records
 
@@ -166,6 +168,7 @@ class EncoderActor:
     def __init__(self, spec: EncoderSpec, storage: Storage, folder: str, threads: int, calibrate: bool) -> None:
         from pipeline.encoder import Encoder
 
+        metering.actor_started()
         self._encoder: Encoder | VecmillError
         try:
             self._encoder = Encoder(spec, threads=threads)
@@ -184,6 +187,7 @@ class EncoderActor:
         encoded, draft = self.encode(row)
         keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
         record = put_embeddings(self._storage, self._folder, keys, encoded.vectors, encoded.failed, draft)
+        metering.embedded(record, encoded.failed.values())
         return {"record": record.model_dump_json(), "retries": row["retries"] + retries.taken()}
 
     def encode(self, row: dict[str, Any]) -> tuple["Encoded", Record]:

@@ -18,7 +18,9 @@ from pipeline.live import live_snapshot
 from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
+from pipeline.shards import read_columns
 from pipeline.snapshot import check_quality, grown, put_snapshot, snapshot_name, unit_records
+from pipeline.stages import metering
 from pipeline.stages.cluster import own_error
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
@@ -110,7 +112,10 @@ def _limited_records(job: Job, units: list[IngestUnit], limit: int) -> list[Reco
 def _ingest_row(row: dict[str, Any], config: Config, spec: EncoderSpec, storage: Storage) -> dict[str, Any]:
     unit = IngestUnit.model_validate_json(row["unit"])
     splitter = _splitter(spec, config.passages.model_dump_json())
-    return {"record": ingest_unit(unit, config, splitter, storage).model_dump_json(), "retries": retries.taken()}
+    record = ingest_unit(unit, config, splitter, storage)
+    rejected = read_columns(storage, layout.PASSAGES, record.rejected, ("code",)) if record.rejected else None
+    metering.ingested(record, rejected.column("code").to_pylist() if rejected else ())
+    return {"record": record.model_dump_json(), "retries": retries.taken()}
 
 
 @lru_cache(maxsize=2)
