@@ -21,12 +21,10 @@ from jobs.options import (
 )
 from pipeline.config_file import load_config
 from pipeline.errors import VecmillError
-from pipeline.exposition import Meters
 from pipeline.job import Event
 from pipeline.manifest import ArtifactManifest
 from pipeline.metrics import (
     INDEX_NTOTAL,
-    LAST_RUN,
     RECALL,
     RUN_ENCODED,
     RUN_EXIT_CODE,
@@ -34,10 +32,14 @@ from pipeline.metrics import (
     RUN_ROWS,
     RUN_SECONDS,
     RUN_TIME,
+    Metric,
 )
 
 if TYPE_CHECKING:
     from pipeline.run import Outcome
+
+FATES = ("documents", "rejected", "duplicates", "replaced", "deleted")
+"""What became of the rows of a snapshot; their sum is all rows."""
 
 
 @command
@@ -151,24 +153,23 @@ def _measured(file: Path | None) -> Iterator[list["Outcome"]]:
         raise
     finally:
         if file is not None:
-            _meters(outcomes[0] if outcomes else None, code, time.monotonic() - started).write(file)
+            from pipeline.exposition import Meters
+
+            took = {RUN_EXIT_CODE: float(code), RUN_TIME: time.time(), RUN_SECONDS: time.monotonic() - started}
+            found = _levels(outcomes[0]) if outcomes else {}
+            meters = Meters([*took, *found, *([RUN_ROWS] if outcomes else [])])  # what is not known is left out, not 0
+            for metric, value in (took | found).items():
+                meters.level(metric, value)
+            for status in FATES if outcomes else ():
+                meters.level(RUN_ROWS, outcomes[0].snapshot.counts.get(status, 0), status=status)
+            meters.write(file)
 
 
-def _meters(outcome: "Outcome | None", exit_code: int, seconds: float) -> Meters:
-    meters = Meters(LAST_RUN)
-    meters.level(RUN_EXIT_CODE, exit_code)
-    meters.level(RUN_TIME, time.time())
-    meters.level(RUN_SECONDS, seconds)
-    if outcome is None:
-        return meters
-    meters.level(RUN_ENCODED, outcome.encoded)
-    meters.level(RUN_RETRIES, outcome.retries)
-    for status in ("documents", "rejected", "duplicates", "replaced", "deleted"):
-        meters.level(RUN_ROWS, outcome.snapshot.counts.get(status, 0), status=status)
+def _levels(outcome: "Outcome") -> dict[Metric, float]:
+    levels = {RUN_ENCODED: float(outcome.encoded), RUN_RETRIES: float(outcome.retries)}
     if outcome.live is not None:
-        meters.level(INDEX_NTOTAL, outcome.live.counts["passages"])
-        meters.level(RECALL, outcome.live.evaluation.recall)
-    return meters
+        levels |= {INDEX_NTOTAL: outcome.live.counts["passages"], RECALL: outcome.live.evaluation.recall}
+    return levels
 
 
 def _summary(manifest: ArtifactManifest | None) -> dict[str, Any] | None:
