@@ -21,7 +21,7 @@ def serve(
     overrides: SetOption = None,
     artifact: ArtifactOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port, 0 for any that is free")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on")] = 8000,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer anybody who reaches the address")] = False,
     on_ray: Annotated[bool, typer.Option("--ray", help="Run as an application of Ray Serve")] = False,
     verbose: VerboseOption = False,

@@ -3,9 +3,13 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import gzip
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -29,7 +33,7 @@ from pipeline.service.app import make_app
 from pipeline.service.engine import Engine
 from pipeline.storage import Storage
 from pipeline.upkeep import rollback
-from tests.conftest import MINILM, make_config, sentences, start_ray, write_jsonl
+from tests.conftest import MINILM, _free_ports, make_config, sentences, start_ray, write_jsonl
 
 SAME = "Granite is an igneous rock."
 SERVE = {"timeout_s": 5, "poll_s": 0.05, "max_queries": 8, "max_query_chars": 400, "max_k": 100, "max_hits": 200}
@@ -400,6 +404,7 @@ def test_ten_publishes_under_load_fail_no_request_and_mix_no_artifacts(config):
 def test_swaps_free_the_old_artifact(config):
     """Files of an artifact that nobody serves are mapped no more, so memory does not grow from swap to swap."""
     with served(config) as client:
+        gc.collect()  # engines of earlier tests; what a swap leaves is freed without
         counts = set()
         for number in range(24):
             target = versions(config)[number % 2]
@@ -474,3 +479,61 @@ def test_any_request_gets_an_answer_of_the_document(client):
 
             with contextlib.suppress(hypothesis.errors.Unsatisfiable):
                 check()
+
+
+@pytest.fixture(scope="module")
+def config_file(config, tmp_path_factory):
+    file = tmp_path_factory.mktemp("cli") / "c.yaml"
+    file.write_text(json.dumps({"root": config.root, "corpus": {"uri": config.corpus.uri}, "serve": SERVE}))
+    return file
+
+
+def test_the_command_answers_until_a_signal(config_file):
+    (port,) = _free_ports(1)
+    command = [sys.executable, "-m", "jobs", "serve", "-c", str(config_file), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert f"http://127.0.0.1:{port}" in process.stderr.readline()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            eventually(lambda: is_up(client))
+            assert ask(client, queries="igneous rock", k=1)["results"][0]["hits"][0]["text"] == SAME
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+
+
+def test_other_addresses_need_a_token(config_file):
+    command = [sys.executable, "-m", "jobs", "serve", "-c", str(config_file), "--host", "0.0.0.0"]
+    environment = {name: value for name, value in os.environ.items() if name != "VECMILL_TOKEN"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--no-auth" in done.stderr
+
+
+def is_up(client):
+    with contextlib.suppress(httpx.TransportError):
+        return client.get("/healthz").status_code == 200
+    return False
+
+
+def test_ray_serve_runs_the_same_app(config_file, short_tmp):
+    from ray import serve
+
+    from pipeline.service.ray import build
+
+    start_ray(short_tmp)
+    (port,) = _free_ports(1)
+    with pytest.raises(ConfigError, match="unknown argument"):
+        build({"confg": str(config_file)})
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build({"config": str(config_file), "overrides": ["serve.max_k=7"]}), name="vecmill")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            eventually(lambda: is_up(client))
+            assert ask(client, queries="igneous rock", k=1)["results"][0]["hits"][0]["text"] == SAME
+            assert client.get("/info").json()["limits"]["max_k"] == 7
+            assert client.post("/search", json={"queries": "a", "k": 8}).json()["error"]["param"] == "k"
+    finally:
+        serve.shutdown()
