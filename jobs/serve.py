@@ -41,12 +41,19 @@ def serve(
 
     from pipeline.service.app import make_app
     from pipeline.service.engine import Engine
+    from pipeline.service.gate import digest_of
 
     engine = Engine(load_config(config, tuple(overrides or ())) if config else None, artifact)
     served = engine.current.served
     messages.print(f"serve: artifact {served.version}, {engine.model}, on http://{host}:{port}", markup=False)
     uvicorn.run(
-        make_app(engine, token), host=host, port=port, backlog=BACKLOG, access_log=False, log_level="warning", ws="none"
+        make_app(engine, digest_of(token)),
+        host=host,
+        port=port,
+        backlog=BACKLOG,
+        access_log=False,
+        log_level="warning",
+        ws="none",
     )
 
 

@@ -36,7 +36,7 @@ SEARCH_REQUESTS = Metric(
 SEARCH_LATENCY = Metric(
     "vecmill_search_latency_seconds",
     "histogram",
-    "Time of a request: queue (waiting for the encoder), encode, search (with the wait for a thread), total",
+    "Time of a request: queue (waiting for the encoder), encode, search (index, re-scoring, documents), total",
     ("phase",),
     SECONDS,
 )

@@ -31,6 +31,7 @@ from pipeline.publish import commit
 from pipeline.run import reindex
 from pipeline.service.app import make_app
 from pipeline.service.engine import Engine
+from pipeline.service.gate import digest_of
 from pipeline.storage import Storage
 from pipeline.upkeep import rollback
 from tests.conftest import MINILM, _free_ports, make_config, sentences, start_ray, write_jsonl
@@ -66,7 +67,7 @@ def versions(config):
 def served(config, artifact=None, token=None):
     """An engine behind uvicorn in a thread, and a client."""
     engine = Engine(config, artifact)
-    server = uvicorn.Server(uvicorn.Config(make_app(engine, token), port=0, log_level="error", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, digest_of(token)), port=0, log_level="error", access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

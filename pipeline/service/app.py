@@ -34,8 +34,8 @@ BODY = (400, 408, 413, 415, 422, 429, 503)
 JSON = "application/json"
 
 
-def make_app(engine: Engine, token: str | None = None) -> ASGIApp:
-    """The app behind its gate; ``engine`` is closed when the app ends. ``token``: what clients must show."""
+def make_app(engine: Engine, token: bytes | None = None) -> ASGIApp:
+    """The app behind its gate; ``engine`` is closed when the app ends. ``token``: SHA-256 of what clients must show."""
 
     @contextlib.asynccontextmanager
     async def closing(_: FastAPI) -> AsyncIterator[None]:

@@ -34,7 +34,7 @@ class Engine:
     def __init__(self, config: Config | None, artifact: str | None = None) -> None:
         self.limits = config.serve if config else ServeConfig()
         self.meters = Meters(SERVICE)
-        self._k = (config.search if config else SearchConfig()).k
+        self._k = min((config.search if config else SearchConfig()).k, self.limits.max_k)
         self._follower: Follower | None = None
         if artifact is not None:
             search, store = (config.search, config.store) if config else (SearchConfig(), None)

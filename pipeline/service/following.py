@@ -90,9 +90,8 @@ class Follower:
         self._thread.start()
 
     def close(self) -> None:
-        """Follow no more."""
+        """Follow no more; what is being opened is not waited for."""
         self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(self._config.serve.poll_s):

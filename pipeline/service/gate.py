@@ -25,14 +25,19 @@ OTHER = "other"
 _log = logging.getLogger(__name__)
 
 
-class Gate:
-    """Wraps an ASGI app. ``token``: what ``Authorization: Bearer`` must hold, None for nothing."""
+def digest_of(token: str | None) -> bytes | None:
+    """What of a token is kept and sent to replicas: not the token itself."""
+    return hashlib.sha256(token.encode()).digest() if token else None
 
-    def __init__(self, app: ASGIApp, limits: ServeConfig, meters: Meters, token: str | None) -> None:
+
+class Gate:
+    """Wraps an ASGI app. ``token``: SHA-256 of what ``Authorization: Bearer`` must hold, None for nothing."""
+
+    def __init__(self, app: ASGIApp, limits: ServeConfig, meters: Meters, token: bytes | None) -> None:
         self._app = app
         self._limits = limits
         self._meters = meters
-        self._token = hashlib.sha256(token.encode()).digest() if token else None
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; what goes wrong before its answer began becomes an envelope."""
@@ -66,8 +71,7 @@ class Gate:
         if self._token is None or path in OPEN:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(digest_of(given.strip()) or b"", self._token):
             raise RefusedError(401, "invalid_token", "the token is missing or wrong; send Authorization: Bearer <token>")
 
     async def _body(self, method: str, headers: Headers, receive: Receive) -> bytes:

@@ -15,15 +15,17 @@ KNOWN = {"config", "overrides", "artifact", "replicas", "cpus"}
 def build(args: dict[str, Any]) -> serve.Application:
     """``args``: ``config`` (path), ``overrides`` (list of a.b=value), ``artifact`` (URI), ``replicas``, ``cpus`` per replica.
 
-    Raises ConfigError at once where the config is wrong; the token is $VECMILL_TOKEN of the process that calls.
+    Raises ConfigError at once where the config is wrong. The token is $VECMILL_TOKEN of the process that calls; only its hash
+    goes to the replicas.
     """
     from pipeline.config_file import load_config
     from pipeline.errors import ConfigError
+    from pipeline.service.gate import digest_of
 
     if unknown := set(args) - KNOWN:
         raise ConfigError(f"serve: unknown argument {min(unknown)}, known are {', '.join(sorted(KNOWN))}")
     config = load_config(args["config"], tuple(args.get("overrides", ()))) if args.get("config") else None
-    artifact, token = args.get("artifact"), os.environ.get("VECMILL_TOKEN")
+    artifact, token = args.get("artifact"), digest_of(os.environ.get("VECMILL_TOKEN"))
     if config is None and artifact is None:
         raise ConfigError("serve: give config (a path) or artifact (a URI)")
     limit = (config.serve.queue if config else 256) * 2
@@ -39,6 +41,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         name=NAME,
         num_replicas=int(args.get("replicas", 1)),
         max_ongoing_requests=limit,
+        max_queued_requests=limit,
         ray_actor_options={"num_cpus": float(args.get("cpus", 1))},
     )
     return deployment.bind()
