@@ -3,6 +3,8 @@ pipeline.service.ray:build``). Each replica holds the index, follows the log by 
 """  # noqa: D205
 
 import os
+import signal
+import threading
 from typing import Any
 
 from ray import serve
@@ -48,6 +50,13 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def run(args: dict[str, Any], host: str, port: int) -> None:
-    """Serve on a Ray that is there, else on a local one, until a signal comes."""
+    """Serve on a Ray that is there, else on a local one, until a signal comes; then only this application ends."""
+    application = build(args)
+    handler = signal.getsignal(signal.SIGTERM)
     serve.start(http_options={"host": host, "port": port})
-    serve.run(build(args), name=NAME, blocking=True)
+    signal.signal(signal.SIGTERM, handler)  # Ray installs one of its own, which exits in the middle of things
+    try:
+        serve.run(application, name=NAME)
+        threading.Event().wait()
+    finally:
+        serve.delete(NAME)
