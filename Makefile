@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml docker/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vecmill needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[cpu,demo,s3,dev]'
+	$(PIP) --editable '.[cpu,demo,s3,serve,dev]'
 	touch $@
 
 demo: $(INSTALLED)  ## index the docstrings of the Python standard library and search them

@@ -11,6 +11,7 @@ from jobs.export import export
 from jobs.plan import plan
 from jobs.reindex import embed, index, ingest, reindex
 from jobs.search import search
+from jobs.serve import serve
 from jobs.status import status
 from jobs.tune import report, tune
 from jobs.upkeep import gc, purge, rollback, unlock
@@ -26,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    reindex, ingest, embed, index, plan, validate, search, evaluate, tune, report, verify, audit, export, status, rollback,
-    gc, purge, unlock, demo,
+    reindex, ingest, embed, index, plan, validate, search, serve, evaluate, tune, report, verify, audit, export, status,
+    rollback, gc, purge, unlock, demo,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -1,6 +1,10 @@
 """``vecmill reindex`` and its parts ``ingest``, ``embed``, ``index``."""
 
-from typing import Annotated, Any
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +20,26 @@ from jobs.options import (
     progress,
 )
 from pipeline.config_file import load_config
+from pipeline.errors import VecmillError
 from pipeline.job import Event, Meter
 from pipeline.manifest import ArtifactManifest
+from pipeline.metrics import (
+    INDEX_NTOTAL,
+    RECALL,
+    RUN_ENCODED,
+    RUN_EXIT_CODE,
+    RUN_RETRIES,
+    RUN_ROWS,
+    RUN_SECONDS,
+    RUN_TIME,
+    Metric,
+)
+
+if TYPE_CHECKING:
+    from pipeline.run import Outcome
+
+FATES = ("documents", "rejected", "duplicates", "replaced", "deleted")
+"""What became of the rows of a snapshot; their sum is all rows."""
 
 
 @command
@@ -26,6 +48,9 @@ def reindex(
     overrides: SetOption = None,
     limit: LimitOption = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Build the artifact but do not put it live")] = False,
+    metrics_file: Annotated[
+        Path | None, typer.Option("--metrics-file", help="Write the run's metrics there for node-exporter's textfile collector")
+    ] = None,
     as_json: EventsOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -34,8 +59,9 @@ def reindex(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
-    with progress(quiet=quiet, as_json=as_json) as say:
+    with progress(quiet=quiet, as_json=as_json) as say, _measured(metrics_file) as ended:
         outcome = run.reindex(settings, limit=limit, go_live=not no_publish, say=say)
+        ended.append(outcome)
         if outcome.retries:
             Meter(outcome.run, say)(Event("storage", f"{outcome.retries} requests to the object store were made again"))
     if as_json:
@@ -112,6 +138,38 @@ def index(
         outcome = run.reindex(settings, encode=False, rebuild=rebuild, say=say)
     if as_json:
         print_result({"index_shards": outcome.index_shards, "committed": outcome.committed, "live": _summary(outcome.live)})
+
+
+@contextlib.contextmanager
+def _measured(file: Path | None) -> Iterator[list["Outcome"]]:
+    """Write the metrics of a run when it ends, well or not; its outcome, if it has one, is put into the list."""
+    outcomes: list[Outcome] = []
+    started, code = time.monotonic(), 1
+    try:
+        yield outcomes
+        code = 0
+    except VecmillError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if file is not None:
+            from pipeline.exposition import Meters
+
+            took = {RUN_EXIT_CODE: float(code), RUN_TIME: time.time(), RUN_SECONDS: time.monotonic() - started}
+            found = _levels(outcomes[0]) if outcomes else {}
+            meters = Meters([*took, *found, *([RUN_ROWS] if outcomes else [])])  # what is not known is left out, not 0
+            for metric, value in (took | found).items():
+                meters.level(metric, value)
+            for status in FATES if outcomes else ():
+                meters.level(RUN_ROWS, outcomes[0].snapshot.counts.get(status, 0), status=status)
+            meters.write(file)
+
+
+def _levels(outcome: "Outcome") -> dict[Metric, float]:
+    levels = {RUN_ENCODED: float(outcome.encoded), RUN_RETRIES: float(outcome.retries)}
+    if outcome.live is not None:
+        levels |= {INDEX_NTOTAL: outcome.live.counts["passages"], RECALL: outcome.live.evaluation.recall}
+    return levels
 
 
 def _summary(manifest: ArtifactManifest | None) -> dict[str, Any] | None:

@@ -194,6 +194,22 @@ class SearchConfig(Section):
     )
 
 
+class ServeConfig(Section):
+    """How the search service answers; its limits are told by GET /info."""
+
+    max_body: ByteSize = Field(
+        cast(ByteSize, "1MB"), validate_default=True, description="Bytes of a request's body; more is refused, 413"
+    )
+    max_queries: int = Field(128, ge=1, description="Queries or texts per request")
+    max_query_chars: int = Field(8192, ge=1, description="Characters of one query or text")
+    max_k: int = Field(1000, ge=1, le=10_000, description="Texts per query")
+    max_hits: int = Field(10_000, ge=1, description="Queries times k of one request")
+    queue: int = Field(256, ge=1, description="Texts that wait for the encoder, searches that wait for a thread; more: 429")
+    threads: int | None = Field(None, ge=1, description="Searches side by side, one thread each; default: one per CPU")
+    timeout_s: float = Field(10.0, gt=0, description="A request that takes longer is given up: 408 for its body, else 503")
+    poll_s: float = Field(5.0, gt=0, description="How often the log is asked for a new commit")
+
+
 class S3Config(Section):
     """Where s3:// is, when the environment does not say it."""
 
@@ -238,6 +254,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     publish: PublishConfig = Field(default_factory=PublishConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
 

@@ -4,8 +4,9 @@ A Parquet writer holds 9 KB for every row group until its file is closed, and as
 26); a reader has to parse the whole footer. So a file ends after some thousand row groups, and is opened when it is asked.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -76,7 +77,8 @@ class Documents:
         self._folder = folder
         self._files = files
         self._firsts = np.array([file.first for file in files], dtype=np.int64)
-        self._opened = lru_cache(maxsize=OPEN_FILES)(self._open)
+        opened = partial(_open, folder, files)  # not a method: a cycle would keep the files open until it is collected
+        self._opened = lru_cache(maxsize=OPEN_FILES)(opened)
 
     def rows(self, ordinals: Ordinals) -> dict[int, list[dict[str, Any]]]:
         """The rows of each ordinal, by doc_id."""
@@ -97,20 +99,35 @@ class Documents:
                 yield file.name, first, batch
                 first += len(batch)
 
+    def passages_of(self, doc_id: str) -> dict[int, int]:
+        """Ordinal of each passage of a document, by passage number; reads the ids of all documents."""
+        found: dict[int, int] = {}
+        for _, _, batch in self.batches(["doc_id", "passage", "ordinal"]):
+            rows = batch.filter(pc.equal(batch.column("doc_id"), doc_id))
+            found |= dict(zip(rows.column("passage").to_pylist(), rows.column("ordinal").to_pylist(), strict=True))
+        return found
+
     def _rows_in(self, number: int, ordinals: Ordinals) -> list[dict[str, Any]]:
-        parquet, firsts = self._opened(number)
+        parquet, firsts = self._opened(number, threading.get_ident())
         groups = sorted({group for ordinal in ordinals for group in _groups_of(firsts, int(ordinal))})
         table = parquet.read_row_groups(groups)
         chosen = np.isin(table.column("ordinal").to_numpy(), ordinals)
         return cast(list[dict[str, Any]], table.filter(pa.array(chosen)).to_pylist())
 
-    def _open(self, number: int) -> tuple[pq.ParquetFile, npt.NDArray[np.int64]]:
-        """A file, and the first ordinal of each of its row groups."""
-        parquet = pq.ParquetFile(self._folder / self._files[number].name, memory_map=True, page_checksum_verification=True)
-        metadata = parquet.metadata
-        column = metadata.schema.names.index("ordinal")
-        groups = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups))
-        return parquet, np.array([group.statistics.min for group in groups], dtype=np.int64)
+
+def _open(
+    folder: Path, files: Sequence[DocumentsFile], number: int, thread: int
+) -> tuple[pq.ParquetFile, npt.NDArray[np.int64]]:
+    """A file, and the first ordinal of each of its row groups.
+
+    Opened for each ``thread``: two that read from one handle find "no matching cache entry" (pyarrow 26).
+    """
+    del thread
+    parquet = pq.ParquetFile(folder / files[number].name, memory_map=True, page_checksum_verification=True)
+    metadata = parquet.metadata
+    column = metadata.schema.names.index("ordinal")
+    groups = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups))
+    return parquet, np.array([group.statistics.min for group in groups], dtype=np.int64)
 
 
 def _groups_of(firsts: npt.NDArray[np.int64], ordinal: int) -> range:

@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline import layout
-from pipeline.artifact import MANIFEST, read_manifest
+from pipeline.artifact import MANIFEST, read_manifest, verify
 from pipeline.cache import Hold, cached
 from pipeline.config import Config, SearchConfig, StoreConfig
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.log import Log
-from pipeline.manifest import ArtifactManifest, InputFile, SnapshotManifest, load
+from pipeline.log import Log, LogEntry
+from pipeline.manifest import ArtifactManifest, InputFile, OperatingPoint, SnapshotManifest, load
 from pipeline.model import EncoderSpec, resolve_spec
-from pipeline.publish import require_live
+from pipeline.publish import committed_artifact, require_live
 from pipeline.searcher import Searcher
 from pipeline.storage import Storage
 
@@ -45,21 +44,48 @@ def known_files(storage: Storage) -> tuple[InputFile, ...]:
 def open_live(config: Config) -> Opened:
     """Open what the last commit names; the config's encoder must be of its space. ConfigError where nothing is live."""
     storage = Storage(config.root, config.store)
-    manifest = require_live(storage)
+    return _open(config, storage, require_live(storage))
+
+
+def open_commit(config: Config, entry: LogEntry, current: Opened | None = None) -> Opened:
+    """Open what a commit names, every byte of it verified; of ``current``, where that is the same artifact measured again.
+
+    Raises VerificationError where it is broken, ConfigError where it is of another encoder than the config's.
+    """
+    storage = Storage(config.root, config.store)
+    manifest = committed_artifact(storage, entry)
+    if manifest is None:
+        raise VerificationError(f"{storage.uri}: commit {entry.number} names no artifact; restore log/")
+    if current is not None and manifest.checksum == current.manifest.checksum:
+        return replace(current, manifest=manifest)
+    if storage.is_local:  # a remote one is verified when it is copied here
+        verify(storage, layout.artifact(manifest.version))
+    return _open(config, storage, manifest)
+
+
+def _open(config: Config, storage: Storage, manifest: ArtifactManifest) -> Opened:
     spec = config_spec(config, manifest)
     folder, hold = _local_folder(storage, layout.artifact(manifest.version), config.search)
-    return Opened(manifest, Searcher(folder, manifest, _point(manifest, config.search)), spec, hold)
+    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, config.search)), spec, hold)
 
 
 def open_uri(
-    uri: str, search: SearchConfig | None = None, store: StoreConfig | None = None, *, trust_remote_code: bool = False
+    uri: str,
+    search: SearchConfig | None = None,
+    store: StoreConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+    verified: bool = False,
 ) -> Opened:
     """Open an artifact folder wherever it is; the model named in its manifest must be on this machine.
 
-    ``trust_remote_code``: whether that model may run code of its own, which an artifact cannot decide for you.
+    ``trust_remote_code``: whether that model may run code of its own, which an artifact cannot decide for you. ``verified``:
+    read every byte of a local folder first; a remote one is verified when it is copied here.
     """
     search = search or SearchConfig()
     storage = Storage(uri, store)
+    if verified and storage.is_local:
+        verify(storage, "")
     folder, hold = _local_folder(storage, "", search)
     manifest = read_manifest((folder / MANIFEST).read_bytes(), storage.at(MANIFEST))
     spec = spec_of(manifest)
@@ -68,7 +94,7 @@ def open_uri(
             f"{uri}: its model {spec.query_model or spec.model} runs code of its own; search with a config that has "
             "encoder.trust_remote_code: true if you trust it"
         )
-    return Opened(manifest, Searcher(folder, manifest, _point(manifest, search)), spec, hold)
+    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, search)), spec, hold)
 
 
 def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
@@ -95,7 +121,8 @@ def spec_of(manifest: ArtifactManifest) -> EncoderSpec:
     return EncoderSpec(**{name: value for name, value in manifest.encoder.items() if name in known})
 
 
-def _point(manifest: ArtifactManifest, search: SearchConfig) -> Any:
+def search_point(manifest: ArtifactManifest, search: SearchConfig) -> OperatingPoint:
+    """The settings of a search that names none: the measured point, less what the config says."""
     point = manifest.evaluation.point
     wanted = {"nprobe": search.nprobe, "rescore": search.rescore}
     return point.model_copy(update={name: value for name, value in wanted.items() if value is not None})

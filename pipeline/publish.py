@@ -69,7 +69,12 @@ def live_artifact(storage: Storage) -> ArtifactManifest | None:
     An artifact that was measured again since comes with its last measurement.
     """
     entry = Log(storage).refresh().live
-    if entry is None or entry.artifact is None:
+    return committed_artifact(storage, entry) if entry else None
+
+
+def committed_artifact(storage: Storage, entry: LogEntry) -> ArtifactManifest | None:
+    """Manifest of the artifact that a commit names, its hash checked; VerificationError where it is not that one."""
+    if entry.artifact is None:
         return None
     path = f"{layout.artifact(entry.artifact)}/{MANIFEST}"
     try:

@@ -13,7 +13,7 @@ from pipeline.account import make_account
 from pipeline.artifact import verify
 from pipeline.config import Config
 from pipeline.coverage import Coverage, cover
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, VecmillError
 from pipeline.evaluation import read_queries
 from pipeline.indexing import is_asked_anew
 from pipeline.job import Event, Job, Say, plan_job
@@ -24,6 +24,7 @@ from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifes
 from pipeline.report import put_report
 from pipeline.snapshot import snapshot_of
 from pipeline.stages import index as stages
+from pipeline.stages import metering
 from pipeline.stages.cluster import Cluster, connected
 from pipeline.stages.embed import embed
 from pipeline.stages.ingest import ingest
@@ -86,7 +87,9 @@ def reindex(
                     built = build(job, coverage, trained, built, lease, cluster)
             committed = go_live and _go_live(job, built, live, lease)
             live = built if committed else live
-        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, live, committed, retries.taken())
+        again = retries.taken()
+        metering.ended("committed" if committed else "unpublished" if built else "unchanged", live, again)
+        return Outcome(job.run_id, snapshot, encoded, is_new, added, built, live, committed, again)
 
 
 def build(
@@ -135,10 +138,14 @@ def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
     retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
-        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=say)
+        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=metering.watched(say))
         told = writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: job.say(Event("lock", text)))
         with told as lease, journal(job) as written:
-            yield written, lease, cluster
+            try:
+                yield written, lease, cluster
+            except VecmillError:
+                metering.ended("failed")
+                raise
 
 
 def ingest_only(config: Config, *, limit: int | None = None, say: Say = lambda _: None) -> SnapshotManifest:

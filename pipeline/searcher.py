@@ -1,8 +1,9 @@
 """An index with its vectors and documents, memory-mapped: vectors in, documents out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from pipeline.collection import open_collection
 from pipeline.document_files import Documents
 from pipeline.manifest import Merged, OperatingPoint
 from pipeline.recall import Matrix, Ordinals, exact_search
+
+Rolled = TypeVar("Rolled")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class Hit:
     source_uri: str
     source_row: int
     metadata: str | None
+
+
+@dataclass(frozen=True)
+class FoundText:
+    """One answer of ``Searcher.texts``: a text, and the documents that have it as hits of the same rank and score."""
+
+    rank: int
+    score: float
+    text: str
+    documents: tuple[Hit, ...]
 
 
 class Searcher:
@@ -59,9 +72,40 @@ class Searcher:
 
         Looks at more passages until k distinct documents are found or the index has no more.
         """
-        answers: list[list[Hit]] = [[] for _ in queries]
+        lists = self.point.nprobe if nprobe is None else nprobe
+        return self._deepened(
+            queries, lambda scores, ordinals: self._roll_up(scores, ordinals, k), k, (lists, rescoring), exact=exact
+        )
+
+    def texts(
+        self, queries: Matrix, k: int, point: OperatingPoint | None = None, *, without: str | None = None
+    ) -> list[list[FoundText]]:
+        """The k best texts for each query vector, each with all documents that have it and are not above it already.
+
+        ``without``: a document that is left out, with all its passages.
+        """
+        point = point or self.point
+        return self._deepened(
+            queries,
+            lambda scores, ordinals: self._texts(scores, ordinals, k, without),
+            k,
+            (point.nprobe, point.rescore),
+            exact=False,
+        )
+
+    def _deepened(
+        self,
+        queries: Matrix,
+        roll_up: Callable[[npt.NDArray[np.float32], Ordinals], list[Rolled]],
+        k: int,
+        settings: tuple[int, int | None],
+        *,
+        exact: bool,
+    ) -> list[list[Rolled]]:
+        """What ``roll_up`` makes of each query's passages, from more passages until it is k or the index has no more."""
+        answers: list[list[Rolled]] = [[] for _ in queries]
         pending = np.arange(len(queries))
-        depth, lists = k, self.point.nprobe if nprobe is None else nprobe
+        depth, (lists, rescoring) = k, settings
         while len(pending):
             scores, ordinals = (
                 self.exact_neighbours(queries[pending], depth)
@@ -70,7 +114,7 @@ class Searcher:
             )
             found = ordinals >= 0
             for row, number in enumerate(pending):
-                answers[number] = self._roll_up(scores[row][found[row]], ordinals[row][found[row]], k)
+                answers[number] = roll_up(scores[row][found[row]], ordinals[row][found[row]])
             short = np.array([len(answers[number]) < k for number in pending])
             if found.all():
                 if depth >= len(self.collection.vectors):
@@ -93,6 +137,22 @@ class Searcher:
                     seen.add(row["doc_id"])
                     hits.append(_hit(len(hits) + 1, float(score), row))
         return hits
+
+    def _texts(self, scores: npt.NDArray[np.float32], ordinals: Ordinals, k: int, without: str | None) -> list[FoundText]:
+        rows = self.documents.rows(ordinals)
+        texts: list[FoundText] = []
+        seen = {without}
+        for score, ordinal in zip(scores, ordinals, strict=True):
+            documents = []
+            for row in rows[int(ordinal)]:
+                if row["doc_id"] not in seen:
+                    seen.add(row["doc_id"])
+                    documents.append(_hit(len(texts) + 1, float(score), row))
+            if documents:
+                texts.append(FoundText(len(texts) + 1, float(score), documents[0].text, tuple(documents)))
+            if len(texts) == k:
+                break
+        return texts
 
 
 def _hit(rank: int, score: float, row: dict[str, Any]) -> Hit:

@@ -63,6 +63,12 @@ def short_tmp() -> Iterator[str]:
 @pytest.fixture
 def local_ray(short_tmp: str) -> Iterator[None]:
     """A small local Ray that the runs of one module's tests share."""
+    start_ray(short_tmp)
+    yield
+
+
+def start_ray(folder: str) -> None:
+    """A small local Ray, unless one is there."""
     import ray
 
     if not ray.is_initialized():
@@ -72,9 +78,8 @@ def local_ray(short_tmp: str) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=150 << 20,
             log_to_driver=False,
-            _temp_dir=short_tmp,
+            _temp_dir=folder,
         )
-    yield
 
 
 @pytest.fixture

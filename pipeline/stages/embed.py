@@ -30,6 +30,7 @@ from pipeline.model import EncoderSpec, find_model
 from pipeline.numerics import machine_name
 from pipeline.shards import KEY_DTYPE
 from pipeline.snapshot import ceiling, part_keys, parts
+from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
 from pipeline.storage import Storage
@@ -141,6 +142,7 @@ def _rescue(job: Job, cluster: Cluster, units: list[EmbedUnit], done: list[Recor
                 records.append(
                     put_embeddings(job.embeddings, job.embedding_folder, keys, encoded.vectors, encoded.failed, draft)
                 )
+                metering.embedded(records[-1], encoded.failed.values())
     finally:
         encoder.close()
     return records
@@ -210,6 +212,7 @@ class EncoderActor:
     def __init__(self, spec: EncoderSpec, storage: Storage, folder: str, threads: int, calibrate: bool) -> None:
         from pipeline.encoder import Encoder
 
+        metering.actor_started()
         self._encoder: Encoder | VecmillError
         try:
             self._encoder = Encoder(spec, threads=threads)
@@ -229,6 +232,7 @@ class EncoderActor:
         encoded, draft = self.encode(row)
         keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
         record = put_embeddings(self._storage, self._folder, keys, encoded.vectors, encoded.failed, draft)
+        metering.embedded(record, encoded.failed.values())
         return {"record": record.model_dump_json(), "retries": row["retries"] + retries.taken()}
 
     def encode(self, row: dict[str, Any]) -> tuple["Encoded", Record]:

@@ -20,7 +20,9 @@ from pipeline.manifest import Record, SnapshotManifest, load
 from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
 from pipeline.quarantine import put_quarantine
+from pipeline.shards import read_columns
 from pipeline.snapshot import check_quality, grown, put_snapshot, snapshot_name, unit_records
+from pipeline.stages import metering
 from pipeline.stages.cluster import own_error, tolerant_rows
 from pipeline.stages.pieces import Mortal, in_pieces
 from pipeline.storage import Storage
@@ -153,11 +155,19 @@ def _ingest_row(row: dict[str, Any], config: Config, spec: EncoderSpec, storage:
     unit = IngestUnit.model_validate_json(row["unit"])
     record = kind = text = ""
     try:
-        splitter = _splitter(spec, config.passages.model_dump_json())
-        record = ingest_unit(unit, config, splitter, storage).model_dump_json()
+        record = _ingested(unit, config, spec, storage).model_dump_json()
     except VecmillError as error:
         kind, text = type(error).__name__, str(error)
     return {"record": record, "kind": kind, "error": text, "retries": retries.taken()}
+
+
+def _ingested(
+    unit: IngestUnit, config: Config, spec: EncoderSpec, storage: Storage, deadly: frozenset[Place] = frozenset()
+) -> Record:
+    record = ingest_unit(unit, config, _splitter(spec, config.passages.model_dump_json()), storage, deadly)
+    rejected = read_columns(storage, layout.PASSAGES, record.rejected, ("code",)) if record.rejected else None
+    metering.ingested(record, rejected.column("code").to_pylist() if rejected else ())
+    return record
 
 
 def _record_of(row: dict[str, Any]) -> Record:
@@ -174,7 +184,7 @@ class UnitReader:
 
     def read(self, unit: IngestUnit, deadly: frozenset[Place]) -> tuple[Record, int]:
         """Ingest it without the documents and files in ``deadly``; the record, and how many requests were made again."""
-        return ingest_unit(unit, self._config, self.splitter(), self._storage, deadly), retries.taken()
+        return _ingested(unit, self._config, self._spec, self._storage, deadly), retries.taken()
 
     def places(self, unit: IngestUnit, numbers: range) -> list[Place]:
         """Where the documents of these slices are."""
@@ -182,12 +192,9 @@ class UnitReader:
 
     def split(self, unit: IngestUnit, wanted: list[Place]) -> bool:
         """Split these documents; True for having outlived it."""
-        split_documents(unit, self._config, self.splitter(), frozenset(wanted))
+        splitter = _splitter(self._spec, self._config.passages.model_dump_json())
+        split_documents(unit, self._config, splitter, frozenset(wanted))
         return True
-
-    def splitter(self) -> Splitter:
-        """What cuts documents into passages."""
-        return _splitter(self._spec, self._config.passages.model_dump_json())
 
 
 @lru_cache(maxsize=2)

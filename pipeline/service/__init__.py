@@ -1,0 +1,1 @@
+"""The search service: one artifact answers over HTTP, and is replaced by the next one without a failed request."""

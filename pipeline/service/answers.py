@@ -1,0 +1,101 @@
+"""Vectors to texts and documents, from one artifact, as JSON; runs on a thread of the search pool."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.batching import Vectors
+from pipeline.exposition import Meters
+from pipeline.manifest import OperatingPoint
+from pipeline.metrics import SEARCH_LATENCY
+from pipeline.searcher import FoundText, Hit
+from pipeline.service.following import Served
+from pipeline.service.refusals import RefusedError, wrong
+from pipeline.service.schemas import DocumentOfHit, HitOut, Include, Result, SearchResponse, Source
+from pipeline.vectors import gather
+
+SHOWN_DOCUMENTS = 1000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What belongs to one request on its way."""
+
+    served: Served
+    model: str
+    k: int
+    point: OperatingPoint
+    include: frozenset[Include]
+    started: float
+    meters: Meters
+
+    def answer(self, found: list[list[FoundText]], truncated: Sequence[int], took: dict[str, float]) -> bytes:
+        """A SearchResponse as JSON, and its times in the meters."""
+        took = took | {"total": time.perf_counter() - self.started}
+        for phase, seconds in took.items():
+            self.meters.observe(SEARCH_LATENCY, seconds, phase=phase)
+        response = SearchResponse(
+            artifact=self.served.version,
+            model=self.model,
+            took_ms={phase: round(1000 * seconds, 3) for phase, seconds in took.items()},
+            results=[
+                Result(hits=[_hit(text, self.include) for text in texts], truncated=row in truncated)
+                for row, texts in enumerate(found)
+            ],
+        )
+        return response.model_dump_json(exclude_none=True).encode()
+
+
+def search(asked: Asked, vectors: Vectors, truncated: Sequence[int], took: dict[str, float]) -> bytes:
+    """The answers to unit vectors of queries."""
+    began = time.perf_counter()
+    found = asked.served.opened.searcher.texts(vectors, asked.k, asked.point)
+    return asked.answer(found, truncated, took | {"search": time.perf_counter() - began})
+
+
+def similar(asked: Asked, doc_id: str, passage: int) -> bytes:
+    """What is near a passage of a document, less that document; RefusedError 404 where there is none."""
+    searcher, began = asked.served.opened.searcher, time.perf_counter()
+    ordinal = searcher.documents.passages_of(doc_id).get(passage)
+    if ordinal is None:
+        raise RefusedError(
+            404, "document_not_found", f"the index has no passage {passage} of a document with this id", "doc_id"
+        )
+    vector = gather(searcher.collection.vectors, np.array([ordinal]))
+    found = searcher.texts(vector, asked.k, asked.point, without=doc_id)
+    return asked.answer(found, (), {"search": time.perf_counter() - began})
+
+
+def _hit(text: FoundText, include: frozenset[Include]) -> HitOut:
+    return HitOut(
+        rank=text.rank,
+        score=text.score,
+        doc_ids=[hit.doc_id for hit in text.documents],
+        text=text.text if "text" in include else None,
+        documents=[_document(hit, include) for hit in text.documents[:SHOWN_DOCUMENTS]],
+    )
+
+
+def _document(hit: Hit, include: frozenset[Include]) -> DocumentOfHit:
+    return DocumentOfHit(
+        id=hit.doc_id,
+        passage=hit.passage,
+        span=(hit.start, hit.end) if "span" in include else None,
+        metadata=json.loads(hit.metadata) if hit.metadata and "metadata" in include else None,
+        source=Source(uri=hit.source_uri, row=hit.source_row) if "source" in include else None,
+    )
+
+
+def unit(vectors: Sequence[Sequence[float]], dim: int) -> Vectors:
+    """A request's vectors at unit length, float32 (n, dim); RefusedError 422 for one without direction or of another dim."""
+    for number, vector in enumerate(vectors):
+        if len(vector) != dim:
+            raise wrong("vectors", f"vector {number} has {len(vector)} dimensions, the index has {dim}")
+    found = np.array(vectors, dtype=np.float64)
+    norms = np.linalg.norm(found, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise wrong("vectors", "a vector is zero or not finite")
+    return np.asarray(found / norms, dtype=np.float32)

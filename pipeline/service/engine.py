@@ -1,0 +1,161 @@
+"""A request's way through the service: texts to vectors, vectors to texts and documents, all from one artifact.
+
+Knows nothing of HTTP but ``RefusedError``, so that uvicorn and Ray Serve run the same.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+from pipeline import __version__
+from pipeline.config import Config, SearchConfig, ServeConfig
+from pipeline.errors import ConfigError
+from pipeline.exposition import Meters
+from pipeline.live import open_uri, query_spec
+from pipeline.metrics import SERVICE
+from pipeline.operating import pick
+from pipeline.service import answers
+from pipeline.service.answers import Asked, unit
+from pipeline.service.following import Follower, fixed
+from pipeline.service.query_encoder import QueryEncoder, QueryVectors
+from pipeline.service.refusals import RefusedError, wrong
+from pipeline.service.schemas import Include, Info, SearchRequest
+from pipeline.service.searches import Searches
+
+Answer = TypeVar("Answer")
+
+
+class Engine:
+    """Loads the model and opens what is live, or the artifact at ``artifact``. Raises what those raise. ``close`` ends it."""
+
+    def __init__(self, config: Config | None, artifact: str | None = None) -> None:
+        self.limits = config.serve if config else ServeConfig()
+        self.meters = Meters(SERVICE)
+        self._k = min((config.search if config else SearchConfig()).k, self.limits.max_k)
+        self._follower: Follower | None = None
+        if artifact is not None:
+            search, store = (config.search, config.store) if config else (SearchConfig(), None)
+            trusted = config is not None and config.encoder.trust_remote_code
+            opened = open_uri(artifact, search, store, trust_remote_code=trusted, verified=True)
+            self.current = fixed(opened, search, self.meters)
+        elif config is not None:
+            self._follower = Follower(config, self.meters)
+            self.current = self._follower.current
+        else:
+            raise ConfigError("serve: give -c FILE for the live artifact, or --artifact URI")
+        self.encoder = QueryEncoder(query_spec(self.current.served.opened, config), self.limits.queue, self.meters)
+        self.model = model_name(self.current.served.opened.spec.model)
+        self._searches = Searches(self.limits.threads, self.limits.queue, self.meters)
+        if self._follower:
+            self._follower.start()
+
+    def close(self) -> None:
+        """End the threads; requests at work are finished."""
+        if self._follower:
+            self._follower.close()
+        self.encoder.close()
+        self._searches.close()
+
+    async def search(self, request: SearchRequest) -> bytes:
+        """A SearchResponse as JSON."""
+        asked = self._asked(request.k, request.include, request)
+        texts, took = request.texts, {}
+        count = len(texts if texts is not None else request.vectors or ())
+        self._check_count(count, "queries" if texts is not None else "vectors")
+        if count * asked.k > self.limits.max_hits:
+            raise wrong("k", f"{count} queries times k {asked.k} are more than {self.limits.max_hits} hits; ask for less")
+        truncated: tuple[int, ...] = ()
+        if texts is None:
+            vectors = unit(request.vectors or [], self.encoder.dim)
+        else:
+            encoded = await self._encoded(texts, "queries", asked.started)
+            vectors, truncated = encoded.vectors, encoded.truncated
+            took = {"queue": encoded.queue_s, "encode": encoded.encode_s}
+        return await self._within(self._searches.submit(answers.search, asked, vectors, truncated, took), asked.started)
+
+    async def similar(self, doc_id: str, passage: int, k: int | None, include: Sequence[Include]) -> bytes:
+        """A SearchResponse as JSON: what is near a passage of a document, less that document."""
+        asked = self._asked(k, include)
+        self._check_text(doc_id, "doc_id")
+        return await self._within(self._searches.submit(answers.similar, asked, doc_id, passage), asked.started)
+
+    async def embeddings(self, texts: Sequence[str]) -> QueryVectors:
+        """Vectors of whole texts; RefusedError 400 where the model would read only the beginning of one."""
+        self._check_count(len(texts), "input")
+        encoded = await self._encoded(texts, "input", time.perf_counter())
+        if encoded.truncated:
+            limit = self.current.served.opened.spec.max_tokens
+            message = f"input {encoded.truncated[0]} is longer than the model's {limit} tokens; split it"
+            raise RefusedError(400, "context_length_exceeded", message, "input")
+        return encoded
+
+    def info(self) -> Info:
+        """What is served."""
+        served = self.current.served
+        manifest = served.opened.manifest
+        limits = self.limits.model_dump(include={"max_queries", "max_query_chars", "max_k", "max_hits", "timeout_s"})
+        return Info(
+            artifact=served.version,
+            commit=served.commit,
+            created=manifest.created,
+            model=self.model,
+            dim=self.encoder.dim,
+            max_tokens=served.opened.spec.max_tokens,
+            passages=manifest.counts["passages"],
+            documents=manifest.counts["documents"],
+            recall=manifest.evaluation.recall,
+            recall_k=manifest.evaluation.k,
+            points=[point.model_dump() for point in manifest.evaluation.points],
+            degraded=self.current.degraded is not None,
+            reason=self.current.degraded,
+            version=__version__,
+            limits=limits | {"max_body_bytes": float(self.limits.max_body)},
+        )
+
+    def _asked(self, k: int | None, include: Sequence[Include], request: SearchRequest | None = None) -> Asked:
+        """The request's frame: from here on it belongs to the artifact that serves now."""
+        served = self.current.served
+        if (k := k or self._k) > self.limits.max_k:
+            raise wrong("k", f"k {k} is over the limit, {self.limits.max_k}; ask for less")
+        point = served.point
+        if request is not None and (request.recall is not None or request.latency_ms is not None):
+            try:
+                points = served.opened.manifest.evaluation.points
+                point = pick(points, recall=request.recall, latency_ms=request.latency_ms)
+            except ConfigError as error:
+                name = "recall" if request.recall is not None else "latency_ms"
+                raise wrong(name, str(error).removeprefix("--")) from error
+        return Asked(served, self.model, k, point, frozenset(include), time.perf_counter(), self.meters)
+
+    async def _encoded(self, texts: Sequence[str], param: str, started: float) -> QueryVectors:
+        for text in texts:
+            self._check_text(text, param)
+        return await self._within(self.encoder.submit(texts), started)
+
+    async def _within(self, future: "Future[Answer]", started: float) -> Answer:
+        """What another thread makes; RefusedError 503 when the request takes too long: what has not begun is then left out."""
+        try:
+            async with asyncio.timeout(started + self.limits.timeout_s - time.perf_counter()):
+                return await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            raise RefusedError(503, "timeout", f"no answer within {self.limits.timeout_s:g} s; come again") from error
+
+    def _check_count(self, count: int, param: str) -> None:
+        if not 1 <= count <= self.limits.max_queries:
+            raise wrong(param, f"{count} given, 1 to {self.limits.max_queries} are answered at once")
+
+    def _check_text(self, text: str, param: str) -> None:
+        if not text.strip():
+            raise wrong(param, "a text is empty; give a visible one")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise wrong(param, "a text holds half of a surrogate pair, which is no character; send valid Unicode")
+        if len(text) > self.limits.max_query_chars:
+            raise wrong(param, f"a text has {len(text)} characters, the limit is {self.limits.max_query_chars}; shorten it")
+
+
+def model_name(model: str) -> str:
+    """How the service calls a model: its id, of a local folder only the last part of the path."""
+    return model if not model.startswith(("/", ".", "~")) else PurePosixPath(model).name

@@ -1,0 +1,132 @@
+"""Which artifact answers: the live one of a root, followed from commit to commit, or one that never changes.
+
+A new artifact is verified and opened beside the one that serves, then one reference changes; requests that began on the
+old one end on it, and the last of them frees it. What is broken or of another encoder is refused: the old one goes on, and
+the service says that it is degraded.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from pipeline.config import Config, SearchConfig
+from pipeline.errors import ConfigError, VecmillError
+from pipeline.exposition import Meters
+from pipeline.live import Opened, open_commit, search_point
+from pipeline.log import Log, LogEntry
+from pipeline.manifest import OperatingPoint
+from pipeline.metrics import DEGRADED, INDEX_AGE, INDEX_NTOTAL, RECALL, SWAPS
+from pipeline.storage import Storage
+
+RETRY_S = 60.0
+"""A commit that was refused is tried again after so long: its files may have been restored."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a request is answered from, from its first step to its last. ``commit``: its number, None for a fixed artifact."""
+
+    opened: Opened
+    point: OperatingPoint
+    commit: int | None = None
+    since: float = field(default_factory=time.time)
+
+    @property
+    def version(self) -> str:
+        """Name of the artifact."""
+        return self.opened.manifest.version
+
+    @property
+    def created(self) -> float:
+        """When the artifact was made, Unix time."""
+        return datetime.fromisoformat(self.opened.manifest.created).timestamp()
+
+
+class Current:
+    """The artifact that answers now; ``degraded``: why what is live is not that one, None when it is."""
+
+    def __init__(self, served: Served, meters: Meters) -> None:
+        self.served = served
+        self.degraded: str | None = None
+        self._meters = meters
+        meters.follow(INDEX_AGE, lambda: time.time() - self.served.created)
+        meters.follow(DEGRADED, lambda: float(self.degraded is not None))
+        meters.follow(INDEX_NTOTAL, lambda: float(len(self.served.opened.searcher.collection.vectors)))
+        meters.follow(RECALL, lambda: self.served.opened.manifest.evaluation.recall)
+
+    def switch(self, served: Served) -> None:
+        """Let all requests from now on be answered by another artifact."""
+        self.served = served
+        self.degraded = None
+        self._meters.count(SWAPS, result="switched")
+
+    def refuse(self, reason: str) -> None:
+        """Go on with the artifact that is there."""
+        self.degraded = reason
+        self._meters.count(SWAPS, result="refused")
+
+
+class Follower:
+    """Opens what is live; its thread asks the log for the next entry every ``serve.poll_s`` seconds."""
+
+    def __init__(self, config: Config, meters: Meters) -> None:
+        """Raises ConfigError where nothing is live, VerificationError where that is broken."""
+        self._config = config
+        self._log = Log(Storage(config.root, config.store))
+        entry = self._log.refresh().live
+        if entry is None:
+            raise ConfigError(f"{config.root}: nothing is live here; run vecmill reindex first")
+        self.current = Current(_open(config, entry, None), meters)
+        self._refused: tuple[int, float] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="vecmill-follower")
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Follow no more; what is being opened is not waited for."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._config.serve.poll_s):
+            try:
+                self._look()
+            except Exception as error:  # noqa: BLE001 - else this thread ended, and nothing would ever be followed again
+                _log.exception("the log of %s cannot be followed", self._config.root)
+                self.current.degraded = f"the log cannot be followed: {type(error).__name__}"
+
+    def _look(self) -> None:
+        try:
+            entry = self._log.refresh().live
+        except (VecmillError, OSError) as error:
+            self.current.degraded = f"the log cannot be read: {error}"
+            return
+        if entry is None or entry.number == self.current.served.commit:
+            self.current.degraded = None
+            return
+        if self._refused and self._refused[0] == entry.number and time.monotonic() < self._refused[1]:
+            return
+        try:
+            served = _open(self._config, entry, self.current.served)
+        except (VecmillError, OSError) as error:
+            self._refused = (entry.number, time.monotonic() + RETRY_S)
+            _log.warning("commit %d is not served: %s", entry.number, error)
+            self.current.refuse(f"commit {entry.number} is not served: {error}")
+            return
+        self.current.switch(served)
+
+
+def fixed(opened: Opened, search: SearchConfig, meters: Meters) -> Current:
+    """An artifact that is never replaced."""
+    return Current(Served(opened, search_point(opened.manifest, search)), meters)
+
+
+def _open(config: Config, entry: LogEntry, before: Served | None) -> Served:
+    opened = open_commit(config, entry, before.opened if before else None)
+    return Served(opened, search_point(opened.manifest, config.search), entry.number)

@@ -1,0 +1,62 @@
+"""The same app as a Ray Serve application, for ``vecmill serve --ray`` and for RayService (``import_path:
+pipeline.service.ray:build``). Each replica holds the index, follows the log by itself and has metrics of its own.
+"""  # noqa: D205
+
+import os
+import signal
+import threading
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp
+
+NAME = "vecmill"
+KNOWN = {"config", "overrides", "artifact", "replicas", "cpus"}
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """``args``: ``config`` (path), ``overrides`` (list of a.b=value), ``artifact`` (URI), ``replicas``, ``cpus`` per replica.
+
+    Raises ConfigError at once where the config is wrong. The token is $VECMILL_TOKEN of the process that calls; only its hash
+    goes to the replicas.
+    """
+    from pipeline.config_file import load_config
+    from pipeline.errors import ConfigError
+    from pipeline.service.gate import digest_of
+
+    if unknown := set(args) - KNOWN:
+        raise ConfigError(f"serve: unknown argument {min(unknown)}, known are {', '.join(sorted(KNOWN))}")
+    config = load_config(args["config"], tuple(args.get("overrides", ()))) if args.get("config") else None
+    artifact, token = args.get("artifact"), digest_of(os.environ.get("VECMILL_TOKEN"))
+    if config is None and artifact is None:
+        raise ConfigError("serve: give config (a path) or artifact (a URI)")
+    limit = (config.serve.queue if config else 256) * 2
+
+    def app() -> ASGIApp:
+        from pipeline.service.app import make_app
+        from pipeline.service.engine import Engine
+
+        return make_app(Engine(config, artifact), token)
+
+    deployment = serve.deployment(
+        serve.ingress(app)(),
+        name=NAME,
+        num_replicas=int(args.get("replicas", 1)),
+        max_ongoing_requests=limit,
+        max_queued_requests=limit,
+        ray_actor_options={"num_cpus": float(args.get("cpus", 1))},
+    )
+    return deployment.bind()
+
+
+def run(args: dict[str, Any], host: str, port: int) -> None:
+    """Serve on a Ray that is there, else on a local one, until a signal comes; then only this application ends."""
+    application = build(args)
+    handler = signal.getsignal(signal.SIGTERM)
+    serve.start(http_options={"host": host, "port": port})
+    signal.signal(signal.SIGTERM, handler)  # Ray installs one of its own, which exits in the middle of things
+    try:
+        serve.run(application, name=NAME)
+        threading.Event().wait()
+    finally:
+        serve.delete(NAME)

@@ -1,0 +1,182 @@
+"""What requests and answers look like; FastAPI makes the OpenAPI document of it.
+
+Strict: a number is not a text, an unknown field is an error. Limits that the config sets are checked by the engine.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Include = Literal["text", "span", "metadata", "source"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+ALL: tuple[Include, ...] = ("text", "span", "metadata", "source")
+
+
+class Request(BaseModel):
+    """A request's body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SearchRequest(Request):
+    """Texts, or vectors of the model that the index was made with."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"queries": "how central banks fight inflation", "k": 3}]})
+    queries: str | list[str] | None = Field(None, description="One text or several")
+    vectors: list[list[Finite]] | None = Field(None, description="Unit vectors instead; others are normalised")
+    k: int | None = Field(None, ge=1, description="Texts per query; default: search.k of the config")
+    recall: float | None = Field(None, ge=0, le=1, description="The fastest measured settings that find so much")
+    latency_ms: float | None = Field(None, gt=0, description="The best measured settings within a time per query")
+    include: list[Include] = Field(list(ALL), description="What each hit shows beside rank, score and document ids")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "SearchRequest":
+        if (self.queries is None) == (self.vectors is None):
+            raise ValueError("give queries or vectors, one of both")
+        return self
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The queries as a list."""
+        return [self.queries] if isinstance(self.queries, str) else self.queries
+
+
+class Source(BaseModel):
+    """Where a document was read."""
+
+    uri: str
+    row: int
+
+
+class DocumentOfHit(BaseModel):
+    """A document that has the text of a hit. ``span``: where in the document, in characters; the end is exclusive."""
+
+    id: str
+    passage: int
+    span: tuple[int, int] | None = None
+    metadata: Any = None
+    source: Source | None = None
+
+
+class HitOut(BaseModel):
+    """A text near the query. ``score``: cosine, higher is nearer. ``doc_ids``: every document that has this text and is not
+    above it already; ``documents`` says more of the first 1,000.
+    """  # noqa: D205
+
+    rank: int
+    score: float
+    doc_ids: list[str]
+    text: str | None = None
+    documents: list[DocumentOfHit]
+
+
+class Result(BaseModel):
+    """The answer to one query, best first. ``truncated``: the model has read only the beginning of the query."""
+
+    hits: list[HitOut]
+    truncated: bool = False
+
+
+class SearchResponse(BaseModel):
+    """Answers in the order of the queries, all from one artifact. ``took_ms``: queue, encode, search, total."""
+
+    artifact: str
+    model: str
+    took_ms: dict[str, float]
+    results: list[Result]
+
+
+class EmbeddingsRequest(Request):
+    """OpenAI's request. Texts are encoded as queries, with the model's query prompt."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "all-MiniLM-L6-v2", "input": "a text"}]})
+    model: str = Field(description="The model of GET /v1/models; vectors of another one would mean nothing here")
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description="One text or several; token ids are refused, they are of the client's tokenizer"
+    )
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
+    dimensions: int | None = Field(None, ge=1, description="Only the model's own number")
+    user: str | None = Field(None, description="Ignored")
+
+
+class Embedding(BaseModel):
+    """One vector."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens read, special ones included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """OpenAI's answer."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class Model(BaseModel):
+    """A model by OpenAI's fields; ``created``: when the artifact was made."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "vecmill"
+
+
+class Models(BaseModel):
+    """OpenAI's list of models: the one that is here."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(BaseModel):
+    """Why there is no answer. ``param``: the field that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(BaseModel):
+    """OpenAI's error envelope."""
+
+    error: ErrorBody
+
+
+class Ready(BaseModel):
+    """``degraded``: what is live cannot be served, an earlier artifact answers; GET /info says why."""
+
+    ready: bool
+    degraded: bool
+    artifact: str
+
+
+class Info(BaseModel):
+    """What is served, how good it is, and what a request may ask for."""
+
+    artifact: str
+    commit: int | None
+    created: str
+    model: str
+    dim: int
+    max_tokens: int
+    passages: int
+    documents: int
+    recall: float
+    recall_k: int
+    points: list[dict[str, float]]
+    degraded: bool
+    reason: str | None
+    version: str
+    limits: dict[str, float]
