@@ -53,7 +53,7 @@ class Job:
         return list(list_records(self.embeddings, self.embedding_folder).values())
 
 
-def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
+def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None, run_id: str | None = None) -> Job:
     """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing."""
     folder = find_model(config.encoder.model, config.encoder.revision)
     precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu, overflows=folder.overflows)
@@ -62,7 +62,7 @@ def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
     spec, model = resolve_spec(**settings, precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
     store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
-    return Job(config, spec, model, storage, Storage(store, config.store), new_run_id(), say)
+    return Job(config, spec, model, storage, Storage(store, config.store), run_id or new_run_id(), say)
 
 
 def new_run_id() -> str:

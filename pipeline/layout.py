@@ -9,6 +9,7 @@ BEATS = "beats"
 PASSAGES = "passages"
 SNAPSHOTS = "snapshots"
 EMBEDDINGS = "embeddings"
+RUNS = "runs"
 
 
 def ingest_record(unit: str) -> str:
@@ -48,4 +49,4 @@ def beat(epoch: int, sequence: int) -> str:
 
 def run(run_id: str, name: str) -> str:
     """A file of one run: ``merge.json``, ``evaluation.json``, ``result.json``."""
-    return f"runs/{run_id}/{name}"
+    return f"{RUNS}/{run_id}/{name}"

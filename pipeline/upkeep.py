@@ -20,7 +20,7 @@ from pipeline.storage import Storage, Stored
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-COLLECTED = ("artifacts", layout.SNAPSHOTS, layout.PASSAGES, layout.EMBEDDINGS, "trained", "shards", "runs", layout.BEATS)
+COLLECTED = ("artifacts", layout.SNAPSHOTS, layout.PASSAGES, layout.EMBEDDINGS, "trained", "shards", layout.RUNS, layout.BEATS)
 """Folders of a root that gc looks into; whatever else is there is not ours."""
 LEFTOVERS = (".tmp-", ".scratch-")
 
