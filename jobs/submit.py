@@ -78,7 +78,8 @@ class _Cluster:
         from ray.job_submission import JobSubmissionClient
 
         if not verbose:
-            logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+            for name in ("dashboard_sdk", "job.sdk"):
+                logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         if address is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers $RAY_ADDRESS to its own argument
         self.where = address or "Ray"
@@ -97,9 +98,10 @@ class _Cluster:
                 raise
 
     def message(self, run: str) -> str:
-        """What Ray says of the end of a job, in one line."""
+        """What Ray says of the end of a job, in one line and without the log that it adds."""
         with self._explained():
-            return " ".join(str(self.client.get_job_info(run).message).split())[:300]
+            message = str(self.client.get_job_info(run).message)
+        return " ".join(message.partition(", last available logs")[0].split())
 
     def submit(self, run: str, config: Config, *, with_code: bool) -> None:
         """Upload what the job needs and start it; waits a while for a head that has just come up."""
@@ -135,7 +137,7 @@ class _Cluster:
             yield
         except AuthenticationError as error:
             raise ConfigError(
-                f"{self.where}: the cluster wants another token, {error.message.splitlines()[0].rstrip(': ')}; "
+                f"{self.where}: the cluster wants another token, {error.message.splitlines()[0].rstrip('.: ')}; "
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
         except OSError as error:  # requests' own errors among them

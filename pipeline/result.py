@@ -68,8 +68,9 @@ def write_result(storage: Storage, result: RunResult) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, for people, bounded."""
-    text = " ".join(str(error).split())
-    return (text if isinstance(error, Exception) and text else f"{type(error).__name__} {text}".strip())[:MAX_ERROR_CHARS]
+    if not isinstance(error, Exception):
+        return "stopped by a signal"
+    return (" ".join(str(error).split()) or type(error).__name__)[:MAX_ERROR_CHARS]
 
 
 def scheduled_name(digest: str, tick: datetime, attempt: int) -> str:

@@ -61,7 +61,7 @@ def test_a_run_that_is_locked_out_by_its_namesake_leaves_it_the_result(tmp_path)
 
 def test_one_line_names_a_bug_and_keeps_a_text():
     assert one_line(StorageError("s3://b: cannot\nread it")) == "s3://b: cannot read it"
-    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line(KeyboardInterrupt()) == "stopped by a signal"
     assert one_line(ZeroDivisionError()) == "ZeroDivisionError"
     assert len(one_line(StorageError("x" * 10_000))) == 1000
 
