@@ -72,6 +72,7 @@ class Runner:
         self._storage = Storage(config.root, config.store)
         self._digest = digest(config)
         self._arguments = arguments
+        self._submits = arguments[0] == "submit"  # submit names the run: it knows the cluster's attempts too
         self._max_staleness = max_staleness
         self._alarmed = False
         self.tell = tell
@@ -87,18 +88,20 @@ class Runner:
             if past.settled and past.settled >= tick:
                 self.tell("settled", f"the tick of {_minute(tick)} is settled already", tick=tick)
                 return 0
-            return self._run(tick, next_attempt(self._storage, self._digest, tick))
+            return self._run(tick)
         except VecmillError as error:  # the root cannot be read: like a run that failed, the next tick is the next attempt
             self.tell("ended", f"no run for the tick of {_minute(tick)}: {error}", tick=tick, exit_code=error.exit_code)
             return error.exit_code
 
-    def _run(self, tick: datetime, name: str) -> int:
-        self.tell("started", f"run {name} for the tick of {_minute(tick)}", tick=tick, run=name)
-        which = ["--tick", tick.isoformat()] if self._arguments[0] == "submit" else ["--run", name]
+    def _run(self, tick: datetime) -> int:
+        name = None if self._submits else next_attempt(self._storage, self._digest, tick)
+        what = f"run {name}" if name else "submit"
+        self.tell("started", f"{what} for the tick of {_minute(tick)}", tick=tick, run=name)
+        which = ["--run", name] if name else ["--tick", tick.isoformat()]
         code = _to_the_end([sys.executable, "-m", "jobs", *self._arguments, *which])
-        result = read_result(self._storage, name)
+        result = read_result(self._storage, name) if name else None
         error = result.error if result else None
-        text = f"run {name} ended with exit code {code}" + (f": {error}" if error else "")
+        text = f"{what} ended with exit code {code}" + (f": {error}" if error else "")
         self.tell("ended", text, tick=tick, run=name, exit_code=code, error=error)
         return code
 

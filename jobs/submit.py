@@ -78,8 +78,8 @@ class _Cluster:
         from ray.job_submission import JobSubmissionClient
 
         if not verbose:
-            for name in ("dashboard_sdk", "job.sdk"):
-                logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+            for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+                logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         if address is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers $RAY_ADDRESS to its own argument
         self.where = address or "Ray"

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.schedule import LONGEST_SLEEP_S, Clock, Runner, follow
 from pipeline.errors import ConfigError
-from pipeline.result import RunResult, scheduled_name, write_result
+from pipeline.result import RunResult, next_attempt, scheduled_name, write_result
 from pipeline.schedule import Schedule
 from pipeline.storage import Storage
 from tests.conftest import make_config
@@ -111,7 +111,7 @@ class TimedRunner(Runner):
     def hear(self, event, text, **fields):
         self.heard.append((event, text))
 
-    def _run(self, tick, name):
+    def _run(self, tick):
         if self.clock.time >= self.clock.until:
             raise StoppedError
         self.ticks.append(tick)
@@ -119,6 +119,7 @@ class TimedRunner(Runner):
         self.clock.time += self.takes
         if code == 137:
             return code
+        name = next_attempt(self._storage, self._digest, tick)
         write_result(self._storage, RunResult(run=name, exit_code=code, started=started, ended=self.clock.time))
         if code == 143:
             raise StoppedError
