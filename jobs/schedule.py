@@ -90,7 +90,7 @@ class Runner:
                 return 0
             return self._run(tick)
         except VecmillError as error:  # the root cannot be read: like a run that failed, the next tick is the next attempt
-            self.tell("ended", f"no run for the tick of {_minute(tick)}: {error}", tick=tick, exit_code=error.exit_code)
+            self.tell("ended", f"the tick of {_minute(tick)}: {error}", tick=tick, exit_code=error.exit_code)
             return error.exit_code
 
     def _run(self, tick: datetime) -> int:

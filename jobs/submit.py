@@ -11,13 +11,12 @@ with a role, or with keys in their own environment, need none of that; nothing o
 """
 
 import asyncio
-import itertools
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +33,7 @@ from pipeline.storage import Storage
 from pipeline.submission import CONFIG_NAME, digest, pack, secret_environment
 
 AGENT_WAIT_S = 120.0
-"""A head's job agent takes up to half a minute to start (two busy cores)."""
+"""A head answers before its job agent is up: so long it may take."""
 CLUSTER_WAIT_S = 120.0
 """A cluster that answers no more while its job is followed is given up after so long."""
 PAUSE_S = 2.0
@@ -54,14 +53,14 @@ def submit(
 ) -> None:
     """Run reindex as a job of a Ray cluster, once per tick; exits as the run does, 4 while the tick's job is at work."""
     settings, moment = load_config(config, tuple(overrides or ())), _moment(tick)
-    cluster = _Cluster(address, verbose=verbose)
+    cluster = _Cluster(address, _silent if quiet else _tell, verbose=verbose)
     storage = Storage(settings.root, settings.store)
     run, is_done = _choose(cluster, storage, digest(settings), moment)
     if is_done:
-        messages.print(f"submit: done already: run {run} of the tick {moment.isoformat()}", markup=False)
+        cluster.tell(f"done already: run {run} of the tick {moment.isoformat()}")
     else:
         cluster.submit(run, settings, with_code=not image)
-        messages.print(f"submit: job {run} for the tick {moment.isoformat()}", markup=False)
+        cluster.tell(f"job {run} for the tick {moment.isoformat()}")
         if wait:
             _follow(cluster, run, quiet=quiet)
     result = read_result(storage, run) if wait or is_done else None
@@ -74,7 +73,7 @@ def submit(
 class _Cluster:
     """The job API of one cluster, its failures told in our words."""
 
-    def __init__(self, address: str | None, *, verbose: bool) -> None:
+    def __init__(self, address: str | None, tell: Callable[[str], None], *, verbose: bool) -> None:
         from ray.job_submission import JobSubmissionClient
 
         if not verbose:
@@ -82,6 +81,7 @@ class _Cluster:
                 logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         if address is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers $RAY_ADDRESS to its own argument
+        self.tell = tell
         self.where = address or "Ray"
         with self._explained():
             self.client = JobSubmissionClient(address)
@@ -107,7 +107,7 @@ class _Cluster:
         """Upload what the job needs and start it; waits a while for a head that has just come up."""
         secrets = secret_environment(config)
         if secrets:
-            messages.print("submit: store.s3.key and secret go to the job's environment; a role of the nodes needs no secret")
+            self.tell("store.s3.key and secret go to the job's environment; nodes with a role would need no secret")
         with tempfile.TemporaryDirectory(prefix="vecmill-job-") as folder:
             pack(Path(folder), config, with_code=with_code)
             environment: dict[str, Any] = {"working_dir": folder} | ({"env_vars": secrets} if secrets else {})
@@ -151,7 +151,9 @@ def _choose(cluster: _Cluster, storage: Storage, what: str, tick: datetime) -> t
 
     The root is asked too: a cluster that was started anew knows no earlier job.
     """
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         run = scheduled_name(what, tick, attempt)
         state, result = cluster.state(run), read_result(storage, run)
         if state in {"PENDING", "RUNNING"}:
@@ -162,7 +164,6 @@ def _choose(cluster: _Cluster, storage: Storage, what: str, tick: datetime) -> t
             return run, False
         if result.exit_code == 0 if result else state == "SUCCEEDED":
             return run, True
-    raise AssertionError("unreachable")
 
 
 def _follow(cluster: _Cluster, run: str, *, quiet: bool) -> None:
@@ -184,7 +185,7 @@ def _follow(cluster: _Cluster, run: str, *, quiet: bool) -> None:
             time.sleep(PAUSE_S)
     except BaseException as error:
         if not isinstance(error, Exception):
-            messages.print(f"submit: job {run} goes on; ray job stop {run} ends it", markup=False)
+            _tell(f"job {run} goes on; ray job stop {run} ends it")
         raise
 
 
@@ -214,7 +215,7 @@ def _exit_as(cluster: _Cluster, run: str, result: RunResult | None) -> None:
             f"{cluster.message(run)}; look for lack of memory, then submit it again"
         )
     if result.exit_code:
-        messages.print(f"submit: run {run} ended with exit code {result.exit_code}: {result.error}", markup=False)
+        _tell(f"run {run} ended with exit code {result.exit_code}: {result.error}")
         raise typer.Exit(result.exit_code)
 
 
@@ -226,6 +227,14 @@ def _moment(text: str | None) -> datetime:
         raise ConfigError(f"--tick {text}: expected ISO 8601, as in 2026-11-24T03:00+01:00") from error
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return moment.astimezone(UTC).replace(second=0, microsecond=0)
+
+
+def _tell(text: str) -> None:
+    messages.print(f"submit: {text}", markup=False)
+
+
+def _silent(text: str) -> None:
+    """Nothing but errors."""
 
 
 def _first_line(error: BaseException) -> str:
