@@ -10,9 +10,11 @@ from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.plan import plan
 from jobs.reindex import embed, index, ingest, reindex
+from jobs.schedule import schedule
 from jobs.search import search
 from jobs.serve import serve
 from jobs.status import status
+from jobs.submit import submit
 from jobs.tune import report, tune
 from jobs.upkeep import gc, purge, rollback, unlock
 from jobs.validate import validate
@@ -28,7 +30,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     reindex, ingest, embed, index, plan, validate, search, serve, evaluate, tune, report, verify, audit, export, status,
-    rollback, gc, purge, unlock, demo,
+    rollback, gc, purge, unlock, submit, schedule, demo,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

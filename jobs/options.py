@@ -31,6 +31,7 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only th
 SIGNALLED = 128
 STREAM_INTERVAL_S = 3.0
 """Between two progress events of a stage on stdout."""
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 PIPE_WIDTH = 160
 SHOWN_RATES = 2
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -54,13 +55,29 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             function(*args, **kwargs)
         except VecmillError as error:
             messages.print(f"vecmill: {error}", markup=False)
-            raise typer.Exit(error.exit_code) from error
+            raise typer.Exit(exit_code(error)) from error
         except (KeyboardInterrupt, _TerminatedError) as error:
-            number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
             messages.print("vecmill: stopped; what was finished is kept, run the same command to resume")
-            raise typer.Exit(SIGNALLED + number) from error
+            raise typer.Exit(exit_code(error)) from error
 
     return guarded
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command that ends with an error exits with; a bug is 1."""
+    if isinstance(error, VecmillError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return SIGNALLED + signal.SIGINT
+    return SIGNALLED + signal.SIGTERM if isinstance(error, _TerminatedError) else 1
+
+
+def duration(text: str) -> float:
+    """Seconds of a duration such as 36h; raises BadParameter on what is none."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in SECONDS or not number.replace(".", "", 1).isdigit():
+        raise typer.BadParameter(f"{text}: expected a number and one of {', '.join(SECONDS)}, as in 36h or 7d")
+    return float(number) * SECONDS[unit]
 
 
 def print_json(value: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,12 +17,15 @@ from jobs.options import (
     SetOption,
     VerboseOption,
     command,
+    exit_code,
+    messages,
     print_result,
     progress,
 )
+from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import VecmillError
-from pipeline.job import Event, Meter
+from pipeline.job import Event, Meter, Say, new_run_id
 from pipeline.manifest import ArtifactManifest
 from pipeline.metrics import (
     INDEX_NTOTAL,
@@ -34,6 +38,8 @@ from pipeline.metrics import (
     RUN_TIME,
     Metric,
 )
+from pipeline.result import RunResult, check_name, one_line, write_result
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from pipeline.run import Outcome
@@ -48,6 +54,7 @@ def reindex(
     overrides: SetOption = None,
     limit: LimitOption = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Build the artifact but do not put it live")] = False,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; runs/NAME/result.json says how it ended")] = None,
     metrics_file: Annotated[
         Path | None, typer.Option("--metrics-file", help="Write the run's metrics there for node-exporter's textfile collector")
     ] = None,
@@ -56,11 +63,9 @@ def reindex(
     quiet: QuietOption = False,
 ) -> None:
     """Bring the index up to date with the corpus: the whole job, idempotent and resumable."""
-    from pipeline import run
-
     settings = load_config(config, tuple(overrides or ()))
     with progress(quiet=quiet, as_json=as_json) as say, _measured(metrics_file) as ended:
-        outcome = run.reindex(settings, limit=limit, go_live=not no_publish, say=say)
+        outcome = _recorded(settings, name, say, limit=limit, go_live=not no_publish)
         ended.append(outcome)
         if outcome.retries:
             Meter(outcome.run, say)(Event("storage", f"{outcome.retries} requests to the object store were made again"))
@@ -79,6 +84,36 @@ def reindex(
                 "live": _summary(outcome.live),
             }
         )
+
+
+def _recorded(config: Config, name: str | None, say: Say, *, limit: int | None, go_live: bool) -> "Outcome":
+    """A run that leaves its result under the root, whatever its end."""
+    from pipeline import run
+
+    storage = Storage(config.root, config.store)
+    if name is not None:
+        check_name(storage, name)
+    run_id, started = name or new_run_id(), datetime.now(UTC)
+    try:
+        outcome = run.reindex(config, limit=limit, go_live=go_live, say=say, run_id=run_id)
+    except BaseException as error:
+        code, ended = exit_code(error), datetime.now(UTC)
+        with contextlib.suppress(VecmillError):  # a root that cannot be written to must not hide what went wrong
+            write_result(storage, RunResult(run=run_id, exit_code=code, error=one_line(error), started=started, ended=ended))
+        raise
+    counts = outcome.snapshot.counts | {"encoded": outcome.encoded, "index_shards": outcome.index_shards}
+    result = RunResult(
+        run=run_id,
+        exit_code=0,
+        artifact=outcome.live.version if outcome.live else None,
+        committed=outcome.committed,
+        counts=counts | {"retries": outcome.retries},
+        started=started,
+        ended=datetime.now(UTC),
+    )
+    if not write_result(storage, result):
+        messages.print(f"reindex: another run has left its result as {run_id}; this one is done", markup=False)
+    return outcome
 
 
 @command

@@ -5,20 +5,11 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, messages, print_json, results
+from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, duration, messages, print_json, results
 from pipeline.config_file import load_config
 from pipeline.errors import LockedError
 from pipeline.log import Log
 from pipeline.storage import Storage
-
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _duration(text: str) -> float:
-    number, unit = text[:-1], text[-1:]
-    if unit not in SECONDS or not number.replace(".", "", 1).isdigit():
-        raise typer.BadParameter(f"{text}: expected a number and one of {', '.join(SECONDS)}, as in 36h or 7d")
-    return float(number) * SECONDS[unit]
 
 
 def _tell(text: str) -> None:
@@ -58,7 +49,7 @@ def gc(
     from pipeline import upkeep
 
     settings = load_config(config, tuple(overrides or ()))
-    found = upkeep.collect(settings, keep, _duration(grace), compact=compact, dry_run=dry_run, say=_tell)
+    found = upkeep.collect(settings, keep, duration(grace), compact=compact, dry_run=dry_run, say=_tell)
     if as_json:
         print_json(asdict(found) | {"dry_run": dry_run})
         return

@@ -37,6 +37,11 @@ def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -
     return parse_config(data, where=str(path))
 
 
+def dump_config(values: dict[str, Any]) -> str:
+    """YAML that ``load_config`` reads back as these values."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
 def parse_config(data: dict[str, Any], *, where: str = "config") -> Config:
     """Validate a mapping; raises ConfigError with one line per problem and a suggestion for unknown keys."""
     try:

@@ -128,7 +128,7 @@ def stage(
     return wrap
 
 
-def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
+def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None, run_id: str | None = None) -> Job:
     """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing."""
     folder = find_model(config.encoder.model, config.encoder.revision)
     precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu, overflows=folder.overflows)
@@ -137,7 +137,7 @@ def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None) -> Job:
     spec, model = resolve_spec(**settings, precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
     store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
-    run = new_run_id()
+    run = run_id or new_run_id()
     return Job(config, spec, model, storage, Storage(store, config.store), run, Meter(run, say))
 
 

@@ -49,7 +49,7 @@ def beat(epoch: int, sequence: int) -> str:
 
 
 def run(run_id: str, name: str) -> str:
-    """A file of one run: ``plan.json``, ``merge.json``, ``evaluation-<hash>.json``."""
+    """A file of one run: ``plan.json``, ``merge.json``, ``evaluation-<hash>.json``, ``result.json``."""
     return f"{RUNS}/{run_id}/{name}"
 
 

@@ -57,13 +57,14 @@ def reindex(
     rebuild: bool = False,
     go_live: bool = True,
     say: Say = lambda _: None,
+    run_id: str | None = None,
 ) -> Outcome:
     """Bring the root up to date with the corpus: encode, index and commit what changed, and nothing else.
 
     Without ``encode`` a passage that has no vector yet is an error (VerificationError). ``rebuild``: train for this corpus and
-    merge a new artifact even where what is live would do.
+    merge a new artifact even where what is live would do. ``run_id``: the name of the run.
     """
-    with running(config, say) as (job, lease, cluster):
+    with running(config, say, run_id) as (job, lease, cluster):
         live = publish.usable_live(job)
         snapshot = ingest(job, limit)
         if go_live:
@@ -130,7 +131,7 @@ def _measured_again(job: Job, coverage: Coverage, live: ArtifactManifest, lease:
 
 
 @contextlib.contextmanager
-def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
+def running(config: Config, say: Say, run_id: str | None = None) -> Iterator[tuple[Job, Lease, Cluster]]:
     """A job that holds its root, on a cluster."""
     if uri_scheme(config.root) == "memory":
         raise ConfigError("root: memory:// lives in one process and Ray works in many; use a folder or a bucket")
@@ -138,7 +139,8 @@ def running(config: Config, say: Say) -> Iterator[tuple[Job, Lease, Cluster]]:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
     retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
-        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=metering.watched(say))
+        watched = metering.watched(say)
+        job = plan_job(config, on_gpu=cluster.gpus_per_encoder(config.compute) > 0, say=watched, run_id=run_id)
         told = writing(job.storage, job.run_id, config.compute.lease_ttl_s, lambda text: job.say(Event("lock", text)))
         with told as lease, journal(job) as written:
             try:

@@ -27,7 +27,10 @@ DOORS = {
     "jinja2": {"report"},
     "matplotlib": {"report"},
     "markupsafe": {"report"},
+    "cronsim": {"schedule"},
 }
+SIDE_DOORS = {("ray", "jobs/submit.py")}
+"""Files beside the door of a library: a client of a cluster's job API runs nothing."""
 ENCODER_NEEDS = {
     f"pipeline.{name}"
     for name in (
@@ -62,7 +65,7 @@ def place(file: Path) -> str:
 def test_heavy_libraries_have_one_door(file: Path) -> None:
     for name in imports(file):
         library = name.partition(".")[0]
-        if library in DOORS:
+        if library in DOORS and (library, file.relative_to(HOME).as_posix()) not in SIDE_DOORS:
             assert {room(file), place(file)} & DOORS[library], f"{file}: {library} is imported outside {DOORS[library]}"
 
 

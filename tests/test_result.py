@@ -1,0 +1,94 @@
+"""Results of runs, and what they and the log say of the past."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.log import writing
+from pipeline.result import (
+    History,
+    RunResult,
+    check_name,
+    history,
+    next_attempt,
+    one_line,
+    read_result,
+    scheduled_name,
+    write_result,
+)
+from pipeline.storage import Storage
+
+TICK = datetime(2026, 11, 24, 3, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def end(storage, run, code, started=TICK):
+    result = RunResult(run=run, exit_code=code, error="why" if code else None, started=started, ended=started)
+    return write_result(storage, result)
+
+
+def commit(storage, run, artifact):
+    """Commit as a run does; returns when it began."""
+    with writing(storage, run, 30) as lease:
+        lease.commit(artifact.format(lease.epoch), "0" * 64)
+    return datetime.fromisoformat(next(entry.at for entry in lease._log.refresh().entries if entry.number == lease.epoch))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "x" * 101, "a\n"])
+def test_check_name_refuses_what_is_no_name(tmp_path, name):
+    with pytest.raises(ConfigError, match="expected at most 100 letters"):
+        check_name(Storage(str(tmp_path)), name)
+
+
+def test_a_result_is_written_once_and_its_name_is_used_up(tmp_path):
+    storage = Storage(str(tmp_path))
+    check_name(storage, "nightly-1.0")
+    assert end(storage, "nightly-1.0", 3)
+    assert not end(storage, "nightly-1.0", 0)
+    assert read_result(storage, "nightly-1.0").exit_code == 3
+    with pytest.raises(ConfigError, match="this run has ended"):
+        check_name(storage, "nightly-1.0")
+
+
+def test_a_run_that_is_locked_out_by_its_namesake_leaves_it_the_result(tmp_path):
+    storage = Storage(str(tmp_path))
+    with writing(storage, "tonight", 30):
+        assert not end(storage, "tonight", 4)
+        assert end(storage, "another", 4)
+    assert read_result(storage, "tonight") is None
+
+
+def test_one_line_names_a_bug_and_keeps_a_text():
+    assert one_line(StorageError("s3://b: cannot\nread it")) == "s3://b: cannot read it"
+    assert one_line(KeyboardInterrupt()) == "stopped by a signal"
+    assert one_line(ZeroDivisionError()) == "ZeroDivisionError"
+    assert len(one_line(StorageError("x" * 10_000))) == 1000
+
+
+def test_history_of_an_empty_root_is_empty(tmp_path):
+    assert history(Storage(str(tmp_path / "root"))) == History()
+
+
+def test_history_goes_by_the_last_tick_that_was_not_stopped(tmp_path):
+    storage = Storage(str(tmp_path))
+    late = timedelta(minutes=7)
+    end(storage, scheduled_name("00aa", TICK - 2 * DAY, 1), 0, TICK - 2 * DAY + late)
+    end(storage, scheduled_name("00bb", TICK - DAY, 1), 5, TICK - DAY)
+    end(storage, scheduled_name("00bb", TICK, 1), 143, TICK)
+    end(storage, "by-hand", 0, TICK + DAY)
+    (tmp_path / "runs" / scheduled_name("00bb", TICK + DAY, 1)).mkdir()  # it began and was killed
+    assert history(storage) == History(settled=TICK - DAY, succeeded=TICK - 2 * DAY + late)
+    assert next_attempt(storage, "00bb", TICK) == scheduled_name("00bb", TICK, 2)
+    assert next_attempt(storage, "00bb", TICK + DAY) == scheduled_name("00bb", TICK + DAY, 1)
+
+
+def test_history_knows_commits_when_results_are_gone_and_no_rollback_settles_a_tick(tmp_path):
+    storage = Storage(str(tmp_path))
+    began = commit(storage, "a", "{:06d}-abcdef")
+    assert history(storage) == History(settled=began, succeeded=began)
+    commit(storage, "b", "000000-abcdef")
+    assert history(storage) == History(settled=began, succeeded=began)
+    later = began + DAY
+    end(storage, scheduled_name("00aa", later, 1), 0, later)
+    assert history(storage) == History(settled=later.replace(second=0), succeeded=later)
