@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # models come from packages and folders here; nothing asks a hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test soak audit-packages lint format bench bench-encoder bench-index config-reference clean
+.PHONY: help demo test image image-test up down soak audit-packages lint format bench bench-encoder bench-index \
+	config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,27 @@ demo: $(INSTALLED)  ## index the docstrings of the Python standard library and s
 
 test: $(INSTALLED)  ## the test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# cpu or gpu
+VARIANT ?= cpu
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' pipeline/__init__.py)
+
+image:  ## the container image vecmill:VERSION-cpu; VARIANT=gpu for the other one
+	docker build --file docker/Dockerfile --tag vecmill:$(VERSION)-$(VARIANT) --build-arg VARIANT=$(VARIANT) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
+
+image-test: $(INSTALLED)  ## build the image with buildah and run the demo in it, as root; minutes, ten gigabytes of disk
+	VECMILL_IMAGE_TEST=1 $(BIN)/python -m pytest tests/test_image.py
+
+docker/.env:
+	umask 077; $(PYTHON) -c 'import secrets; print(*(f"{name}={secrets.token_hex(32)}" for name in \
+		("RAY_AUTH_TOKEN", "VECMILL_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")), sep="\n")' > $@
+
+up: docker/.env  ## a Ray cluster, an S3 store and the search service in containers; indexes the demo corpus
+	docker compose --file docker/compose.yaml up --build
+
+down:  ## stop them and delete their volumes
+	docker compose --file docker/compose.yaml down --volumes
 
 soak: $(INSTALLED)  ## longer fault tests: ten thousand publishes under a reader, more orders of events; minutes
 	VECMILL_PUBLISHES=10000 VECMILL_EXAMPLES=300 $(BIN)/python -m pytest tests/faults/test_states.py

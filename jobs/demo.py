@@ -11,7 +11,7 @@ from jobs.search import hit_table
 from pipeline.config_file import load_config
 
 DEMO_CONFIG = """# written by `vecmill demo`; use it with vecmill search -c, status -c, reindex -c
-root: {folder}/root
+root: {root}
 corpus:
   uri: {folder}/docstrings.jsonl
   title: title
@@ -29,6 +29,7 @@ QUERIES = (
 @command
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where corpus, config and index go")] = Path("vecmill-demo"),
+    root: Annotated[str | None, typer.Option("--root", help="Where the index goes instead, s3:// for example")] = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -38,7 +39,7 @@ def demo(
 
     documents = write_corpus(folder / "docstrings.jsonl")
     file = folder / "demo.yaml"
-    file.write_text(DEMO_CONFIG.format(folder=folder), encoding="utf-8")
+    file.write_text(DEMO_CONFIG.format(folder=folder, root=root or folder / "root"), encoding="utf-8")
     if not quiet:
         messages.print(f"demo: {documents} docstrings of the Python standard library in {folder}/docstrings.jsonl")
     settings = load_config(file)
