@@ -21,7 +21,7 @@ from pipeline.schedule import Schedule
 from pipeline.storage import Storage
 from tests.conftest import sentences, write_jsonl
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 NOON = datetime(2100, 1, 1, 12, tzinfo=UTC)
 """Later than any commit of today, which would settle it."""
 
