@@ -182,7 +182,9 @@ def test_signals_release_the_root_and_say_how_to_resume(tmp_path, number, code):
 
 @pytest.mark.timeout(400)
 def test_demo_finds_what_it_promises(tmp_path):
-    done = vecmill("demo", "--folder", tmp_path / "demo", cwd=tmp_path)
+    done = vecmill("demo", "--folder", tmp_path / "demo", "--root", tmp_path / "index", cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["demo.yaml", "docstrings.jsonl"]
+    assert (tmp_path / "index" / "artifacts").is_dir()
     assert "parse a date written as text" in done.stdout
     assert "datetime.datetime.strptime" in done.stdout
     assert done.stdout.count("rank") == 5
