@@ -142,7 +142,7 @@ def test_ray_exports_what_workers_and_the_driver_count(tmp_path, short_tmp):
             'ray_vecmill_shards_done{stage="embed"}': 40,
             "ray_vecmill_index_ntotal": 40,
         }
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while (found := exported(httpx.get(url).text, wanted)) != wanted and time.monotonic() < deadline:
             time.sleep(0.5)
         assert found == wanted

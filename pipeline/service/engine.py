@@ -150,10 +150,10 @@ class Engine:
     def _check_text(self, text: str, param: str) -> None:
         if not text.strip():
             raise wrong(param, "a text is empty; give a visible one")
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise wrong(param, "a text holds half of a surrogate pair, which is no character; send valid Unicode")
         if len(text) > self.limits.max_query_chars:
             raise wrong(param, f"a text has {len(text)} characters, the limit is {self.limits.max_query_chars}; shorten it")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise wrong(param, "a text holds half of a surrogate pair, which is no character; send valid Unicode")
 
 
 def model_name(model: str) -> str:

@@ -1,6 +1,7 @@
-"""The same app as a Ray Serve application, for ``vecmill serve --ray`` and for RayService (``import_path:
-pipeline.service.ray:build``). Each replica holds the index, follows the log by itself and has metrics of its own.
-"""  # noqa: D205
+"""The same app as a Ray Serve application: ``vecmill serve --ray``, or ``pipeline.service.ray:build`` in a RayService.
+
+Each replica holds the index, follows the log by itself and has metrics of its own.
+"""
 
 import os
 import signal

@@ -59,9 +59,10 @@ class DocumentOfHit(BaseModel):
 
 
 class HitOut(BaseModel):
-    """A text near the query. ``score``: cosine, higher is nearer. ``doc_ids``: every document that has this text and is not
-    above it already; ``documents`` says more of the first 1,000.
-    """  # noqa: D205
+    """A text near the query; ``score`` is the cosine.
+
+    ``doc_ids``: every document that has this text and is not above it already; ``documents`` says more of the first 1,000.
+    """
 
     rank: int
     score: float
