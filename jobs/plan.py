@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Annotated
 
+import typer
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
@@ -12,26 +14,32 @@ from pipeline.job import Job, plan_job
 from pipeline.numerics import on_gpu
 from pipeline.planning import Plan, make_plan, measure_rate
 
+SHOWN_IGNORED = 3
+
 
 @command
 def plan(
-    config: ConfigOption, overrides: SetOption = None, as_json: JsonOption = False, verbose: VerboseOption = False
+    config: ConfigOption,
+    overrides: SetOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Read and split the whole corpus, not a sample")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Show what a reindex would read, build and cost; writes nothing."""
-    found, job = _plan(load_config(config, tuple(overrides or ())))
+    found, job = _plan(load_config(config, tuple(overrides or ())), full=full)
     if as_json:
         print_json(asdict(found))
     else:
         _show(found, job)
 
 
-def _plan(config: Config) -> tuple[Plan, Job]:
+def _plan(config: Config, *, full: bool) -> tuple[Plan, Job]:
     job = plan_job(config, on_gpu=on_gpu())
 
     def calibrate(texts: Sequence[str]) -> float:
         return measure_rate(job.spec, texts)
 
-    return make_plan(job, calibrate), job
+    return make_plan(job, calibrate, full=full), job
 
 
 def _show(found: Plan, job: Job) -> None:
@@ -40,6 +48,7 @@ def _show(found: Plan, job: Job) -> None:
     size += f", m {index.m}, {index.nbits} bits" if index.m else ""
     rows = {
         "corpus": f"{job.config.corpus.uri}: {found.files} files ({', '.join(found.formats)}), {_mb(found.input_bytes)}",
+        "ignored": f"{len(found.ignored)} files: {', '.join(found.ignored[:SHOWN_IGNORED])}",
         "work": f"{found.units} ingest units, {found.units_done} of them done before",
         "documents": f"{found.documents:,} (sampled {found.sampled_documents:,}, of those {found.sampled_rejected} rejected)",
         "passages": f"about {found.passages:,}, {found.tokens:,} tokens, {found.truncated_documents:,} documents truncated",
@@ -51,6 +60,8 @@ def _show(found: Plan, job: Job) -> None:
     }
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
+        if name == "ignored" and not found.ignored:
+            continue
         table.add_row(f"[bold]{name}", text)
     results.print(table)
 

@@ -85,9 +85,10 @@ def _runs(storage: Storage, holder: LogEntry | None) -> list[dict[str, Any]]:
 def _next(settings: Config, storage: Storage) -> dict[str, int]:
     """Input files and the ingest units that the next reindex would have to read."""
     job = plan_job(settings, on_gpu=False)
-    files = identify_files(settings, known_files(storage)).chosen
-    units = plan_units(files, settings, job.spec.space)
-    return {"files": len(files), "units": len(units), "units_to_ingest": len(units) - count_done(storage, units)}
+    listed = identify_files(settings, known_files(storage))
+    units = plan_units(listed.chosen, settings, job.spec.space)
+    counts = {"files": len(listed.chosen), "ignored_files": len(listed.ignored), "units": len(units)}
+    return counts | {"units_to_ingest": len(units) - count_done(storage, units)}
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -97,7 +98,9 @@ def _show(found: dict[str, Any]) -> None:
         if item["artifact"] == found["live"]:
             results.print(f"index     {item['verdict']}", markup=False)
     results.print(f"writer    {found['writer'] or 'nobody'}", markup=False)
-    results.print(f"next      {found['next']['units_to_ingest']} of {found['next']['units']} ingest units changed or new")
+    upcoming = found["next"]
+    ignored = f", {upcoming['ignored_files']} files ignored" if upcoming["ignored_files"] else ""
+    results.print(f"next      {upcoming['units_to_ingest']} of {upcoming['units']} ingest units changed or new{ignored}")
     _show_runs(found["runs"])
     table = Table("artifact", "created", "documents", "passages", "MB", "index", "recall", "commits", box=None)
     for item in found["artifacts"]:

@@ -119,7 +119,7 @@ def make_account(job: Job, coverage: Coverage, draft: ArtifactManifest, merged: 
             "rows": dict(sorted(rejected.items())),
             "passages": dict(sorted(_left_out(job, coverage).items())),
         },
-        expected=tuple(_expected(job, forecast, draft, shards)) if forecast else (),
+        expected=tuple(_expected(job, forecast, draft, merged, shards)) if forecast else (),
         rate_source=forecast.rate_source if forecast else "",
         disk={
             "artifact": {name: file.size_bytes for name, file in sorted(draft.files.items())},
@@ -185,7 +185,9 @@ def _stage(name: str, wall: dict[str, float], phases: dict[str, float], amounts:
     return Work(stage=name, wall_s=wall.get(name), work_s=work_s, phases_s=shown, amounts=amounts, rates=rates)
 
 
-def _expected(job: Job, forecast: Forecast, draft: ArtifactManifest, shards: Sequence[Record]) -> Iterable[Expected]:
+def _expected(
+    job: Job, forecast: Forecast, draft: ArtifactManifest, merged: MergeRecord, shards: Sequence[Record]
+) -> Iterable[Expected]:
     index = sum(draft.files[part.name].size_bytes for part in draft.parts)
     artifact = sum(file.size_bytes for file in draft.files.values())
     yield Expected(name="passages in the index", unit="", predicted=forecast.passages, actual=draft.counts["passages"])
@@ -194,7 +196,7 @@ def _expected(job: Job, forecast: Forecast, draft: ArtifactManifest, shards: Seq
     yield Expected(name="embeddings", unit="B", predicted=forecast.embedding_bytes, actual=embeddings)
     yield Expected(name="index", unit="B", predicted=forecast.index_bytes, actual=index)
     yield Expected(name="artifact", unit="B", predicted=forecast.artifact_bytes, actual=artifact)
-    yield Expected(name="memory of the merge", unit="B", predicted=forecast.merge_memory_bytes, actual=None)
+    yield Expected(name="memory of the merge", unit="B", predicted=forecast.merge_memory_bytes, actual=merged.memory_bytes)
 
 
 def _lineage(job: Job, draft: ArtifactManifest, shards: Sequence[Record]) -> dict[str, Any]:

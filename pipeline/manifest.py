@@ -181,9 +181,10 @@ class Merged(Document):
 
 
 class MergeRecord(Merged):
-    """Written by merge, read by evaluate and publish."""
+    """Written by merge, read by evaluate and publish. ``memory_bytes``: its most above what its process had."""
 
     timings_s: dict[str, float] = Field(default_factory=dict)
+    memory_bytes: int | None = None
 
 
 class ArtifactManifest(Merged):

@@ -19,6 +19,7 @@ from pipeline.index_plan import ID_BYTES, MERGE_COPIES, code_bytes
 from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES, Sources, merge_rows
 from pipeline.manifest import IndexPart, Merged, MergeRecord, TrainedManifest, to_bytes
+from pipeline.memory import peak_memory
 from pipeline.recall import Ordinals
 from pipeline.storage import Storage
 from pipeline.vectors import INT8, VECTORS, Vectors, open_vectors, write_int8
@@ -43,7 +44,7 @@ def merge(sources: Sources, version: str) -> MergeRecord:
     """Write the data files of an artifact: vectors and documents in ordinal order, and the index over ordinals."""
     started = time.perf_counter()
     job, trained = sources.job, sources.trained
-    with scratch(job) as folder, _frugal_arrow():
+    with scratch(job) as folder, _frugal_arrow(), peak_memory() as peak:
         codes = folder / "codes"
         counted = merge_rows(sources, folder / VECTORS, folder, codes)
         lengths = {VECTORS: counted.passages, **{file.name: file.rows for file in counted.documents}}
@@ -75,6 +76,7 @@ def merge(sources: Sources, version: str) -> MergeRecord:
             "duplicate_vectors": counted.duplicate_vectors,
         },
         timings_s={"total": time.perf_counter() - started, "index": index_s},
+        memory_bytes=peak.size_bytes,
     )
     job.storage.put(layout.run(job.run_id, "merge.json"), to_bytes(record))
     return record

@@ -3,32 +3,39 @@
 Nothing is written. Estimates say what they were made from.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 
-from pipeline.corpus import RejectedRow, SourceDocument, read_documents
+from pipeline import layout
+from pipeline.corpus import RejectedRow, SourceDocument, read_documents, read_ids
+from pipeline.documents import deleted_keys, resolve
 from pipeline.errors import DataError
 from pipeline.forecast import Rate, learned_rate, sizes
 from pipeline.formats import count_rows
 from pipeline.index_plan import IndexPlan, choose
+from pipeline.ingestion import ingest_unit
 from pipeline.job import Job
 from pipeline.live import known_files
+from pipeline.manifest import InputFile
 from pipeline.model import EncoderSpec
 from pipeline.numerics import cpu_threads, machine_name
 from pipeline.passages import Splitter
+from pipeline.shards import parquet_bytes, read_columns
 from pipeline.slices import Slice
+from pipeline.snapshot import live_keys, parts, put_snapshot
+from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
-from pipeline.units import count_done, identify_files, plan_units
+from pipeline.units import IngestUnit, count_done, deletes_config, identify_files, plan_units
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
 CALIBRATION_PASSAGES = 96
-DOCUMENT_RATIO = 0.4
-"""What zstd keeps of English text, about."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +78,39 @@ def sample_texts(job: Job) -> list[str]:
     return [passage.text for each in split for passage in each]
 
 
-def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
-    """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second, where no record tells them."""
+@dataclass(frozen=True)
+class Counted:
+    """A corpus, from a sample or from all of it. ``passages``: all, ``distinct``: different ones, as far as is known.
+
+    ``document_bytes``: of texts and ids, compressed. ``texts``: some passages.
+    """
+
+    documents: int
+    sampled_documents: int
+    rejected: int
+    passages: int
+    distinct: int
+    tokens: int
+    truncated_documents: int
+    document_bytes: float
+    texts: list[str]
+
+
+def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float], *, full: bool = False) -> Plan:
+    """Count, sample, choose. ``calibrate`` encodes texts and returns their tokens per second, where no record tells them.
+
+    ``full``: read, check and split the whole corpus into a scratch folder, as a run would, instead of a sample of it.
+    """
     listed = identify_files(job.config, known_files(job.storage))
     files = listed.chosen
     units = plan_units(files, job.config, job.spec.space)
-    slices = [part for unit in units for part in unit.slices]
-    rows = sum(count_rows(part, job.config.store) for part in slices)
-    sample, rejected = _usable_sample(slices, job)
-    documents = round(rows * len(sample) / (len(sample) + rejected))
-    split = _splitter(job)([document.text for document in sample])
-    factor = documents / len(sample)
-    passages = round(factor * sum(len(each) for each in split))
-    tokens = round(factor * sum(passage.tokens for each in split for passage in each))
-    text_bytes = factor * sum(len(passage.text.encode()) for each in split for passage in each)
-    texts = [each[0].text for each in split]
+    counted = _all(job, units, [file for file, _ in files]) if full else _sampled(job, units)
     rate = learned_rate(job, machine_name(job.config.compute.cpus_per_encoder or cpu_threads()))
     if rate is None:
-        chosen = np.linspace(0, len(texts) - 1, min(len(texts), CALIBRATION_PASSAGES)).astype(int)
-        rate = Rate(calibrate([texts[number] for number in chosen]), f"{len(chosen)} passages encoded just now")
-    plan = choose(job.config.index, passages, job.spec.dim)
-    made = sizes(plan, passages, job.spec.dim, DOCUMENT_RATIO * text_bytes, job.config.compute.merge_memory)
+        places = np.linspace(0, len(counted.texts) - 1, min(len(counted.texts), CALIBRATION_PASSAGES)).astype(int)
+        rate = Rate(calibrate([counted.texts[place] for place in places]), f"{len(places)} passages encoded just now")
+    plan = choose(job.config.index, counted.distinct, job.spec.dim)
+    made = sizes(plan, counted.distinct, job.spec.dim, counted.document_bytes, job.config.compute.merge_memory)
     return Plan(
         files=len(files),
         input_bytes=sum(file.size_bytes for file, _ in files),
@@ -99,20 +118,73 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float]) -> Plan:
         ignored=listed.ignored,
         units=len(units),
         units_done=count_done(job.storage, units),
-        documents=documents,
-        sampled_documents=len(sample),
-        sampled_rejected=rejected,
-        passages=passages,
-        tokens=tokens,
-        truncated_documents=round(factor * sum(any(passage.truncated for passage in each) for each in split)),
+        documents=counted.documents,
+        sampled_documents=counted.sampled_documents,
+        sampled_rejected=counted.rejected,
+        passages=counted.passages,
+        tokens=counted.tokens,
+        truncated_documents=counted.truncated_documents,
         index=plan,
         tokens_per_s=rate.tokens_per_s,
         rate_source=rate.source,
-        encode_s=tokens / rate.tokens_per_s,
+        encode_s=counted.tokens * counted.distinct / max(1, counted.passages) / rate.tokens_per_s,
         encoder=f"{job.spec.model}, {job.spec.precision}",
         dim=job.spec.dim,
         search_memory_bytes=made["index_bytes"],
         **made,
+    )
+
+
+def _sampled(job: Job, units: Sequence[IngestUnit]) -> Counted:
+    """Rows are counted, passages extrapolated from some documents of every part of the corpus."""
+    slices = [part for unit in units for part in unit.slices]
+    rows = sum(count_rows(part, job.config.store) for part in slices)
+    sample, rejected = _usable_sample(slices, job)
+    documents = round(rows * len(sample) / (len(sample) + rejected))
+    split = _splitter(job)([document.text for document in sample])
+    factor = documents / len(sample)
+    passages = [passage for each in split for passage in each]
+    columns = {"text": [passage.text for passage in passages], "key": [passage.key for passage in passages]}
+    return Counted(
+        documents=documents,
+        sampled_documents=len(sample),
+        rejected=rejected,
+        passages=round(factor * len(passages)),
+        distinct=round(factor * len(passages)),
+        tokens=round(factor * sum(passage.tokens for passage in passages)),
+        truncated_documents=round(factor * sum(any(passage.truncated for passage in each) for each in split)),
+        document_bytes=factor * len(parquet_bytes(pa.table(columns), compress=True)),
+        texts=[each[0].text for each in split],
+    )
+
+
+def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> Counted:
+    """What ingest makes of the corpus, in a scratch folder that goes again."""
+    corpus = job.config.corpus
+    with tempfile.TemporaryDirectory(prefix="vecmill-plan-", dir=job.config.compute.scratch) as folder:
+        storage = Storage(folder)
+        records = [ingest_unit(unit, job.config, _splitter(job), storage) for unit in units]
+        deletes = identify_files(deletes_config(job.config)).chosen if corpus.deletes else ()
+        keys = deleted_keys(read_ids(deletes, corpus, job.config.store))
+        found = resolve(storage, [records], keys, appended=corpus.mode == "append")
+        snapshot = put_snapshot(storage, "plan", files, [records], found, None, "")
+        made = parts(storage, snapshot)
+        counts, distinct = snapshot.counts, len(live_keys(storage, made))
+        texts = read_columns(storage, layout.PASSAGES, made[0].file, ["text"]).column("text") if made else ()
+        chosen = [str(text) for text in texts[: 10 * CALIBRATION_PASSAGES]]
+        document_bytes = sum(part.file.size_bytes for part in made)
+    if not counts["documents"]:
+        raise DataError(f"{corpus.uri}: no document in {counts['rows']} rows; run vecmill validate")
+    return Counted(
+        documents=counts["documents"],
+        sampled_documents=counts["documents"],
+        rejected=counts["rejected"],
+        passages=counts["passages"],
+        distinct=distinct,
+        tokens=counts["tokens"],
+        truncated_documents=counts["truncated"],
+        document_bytes=document_bytes,
+        texts=chosen,
     )
 
 

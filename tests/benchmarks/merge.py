@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +37,6 @@ from tests.benchmarks.spine import machine
 
 SHARDS = 8
 ROOTS = {"default settings": (1, "auto"), "four times the texts, a byte per dimension": (4, "ivfsq8")}
-SAMPLE_S = 0.002
 LIMITS = (("default", None), ("half the index", 0.5), ("a quarter of the index", 0.25))
 
 
@@ -106,35 +104,18 @@ def merge_alone(file: str, limit: int | None) -> dict[str, Any]:
     live = require_live(job.storage)
     snapshot = snapshot_of(job.storage, live)
     sources = Sources(job, parts(job.storage, snapshot), cover(job, snapshot).left_out, job.embedding_records(), live.index)
-    before, peak = anonymous_bytes(), 0
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(SAMPLE_S):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     started = time.perf_counter()
     merged = merge(sources, f"bench-{limit}")
     seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
     for name in merged.files:
         Path(job.storage.at(f"{layout.artifact(merged.version)}/{name}")).unlink()
     return {
         "merge_memory": limit or job.config.compute.merge_memory,
-        "peak_bytes": peak - before,
+        "peak_bytes": merged.memory_bytes,
         "seconds": round(seconds, 2),
         "index_s": round(merged.timings_s["index"], 2),
         "parts": len(merged.parts),
     }
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

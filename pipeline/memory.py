@@ -1,0 +1,49 @@
+"""How much memory a piece of work takes above what its process had before: its own pages, not those of mapped files."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+SAMPLE_S = 0.02
+LINE_BYTES = 1024
+
+
+@dataclass
+class Peak:
+    """``size_bytes``: the most above the start, looked at every 20 ms; None while the work goes on, and where not Linux."""
+
+    size_bytes: int | None = None
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Measure a block."""
+    found = Peak()
+    if not STATUS.is_file():
+        yield found
+        return
+    before = most = anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(SAMPLE_S):
+            most = max(most, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True, name="vecmill-memory")
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.size_bytes = max(most, anonymous_bytes()) - before
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process without mapped files."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * LINE_BYTES for line in lines if line.startswith("RssAnon:"))
