@@ -34,6 +34,7 @@ read_documents = ingestion.read_documents
 
 def make_deadly():
     """In a worker process: what splits and what reads kill it."""
+    ingest._splitter.cache_clear()  # Ray's workers live from test to test
     ingest.Splitter = DeadlySplitter
     ingestion.read_documents = read_or_die
 
