@@ -48,7 +48,7 @@ def test_jsonl_plain_and_compressed(tmp_path, name, pack):
 
 
 def test_gzip_members_one_after_the_other(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS[:1])) + gzip.compress(jsonl(ROWS[1:])))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS[:1]), mtime=0) + gzip.compress(jsonl(ROWS[1:])))
     assert len(read(tmp_path)) == 2
 
 
@@ -61,7 +61,7 @@ def test_jsonl_bom_crlf_and_blank_lines(tmp_path):
 def test_delimited_keeps_ids_and_na_as_text(tmp_path, name, delimiter):
     lines = [["id", "text"], ["007", "NA"], ["1e5", '"a ""quoted""\nnewline"']]
     data = "\n".join(delimiter.join(line) for line in lines).encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
     assert [(row.doc_id, row.text) for row in read(tmp_path)] == [("007", "NA"), ("1e5", 'a "quoted"\nnewline')]
 
 
@@ -158,7 +158,7 @@ def test_control_characters_go_and_nfc_is_made():
         ("a.parquet", b"PAR1 cut off", "E_PARQUET_TRUNCATED"),
         ("a.jsonl", b"", "E_EMPTY_FILE"),
         ("a.jsonl.gz", b"not gzip", "E_COMPRESSION"),
-        ("a.jsonl.gz", gzip.compress(b'{"id": 1}' * 99)[:-9], "E_COMPRESSION"),
+        ("a.jsonl.gz", gzip.compress(b'{"id": 1}' * 99, mtime=0)[:-9], "E_COMPRESSION"),
         ("a.jsonl.zst", b"not zstd", "E_COMPRESSION"),
         ("a.csv", b"id,body\n1,x\n", "E_SCHEMA, wanted column 'text', the file has id, body"),
     ],
@@ -199,7 +199,7 @@ def test_metadata_that_cannot_be_stored_rejects_its_row(tmp_path, value, code):
 
 
 def test_truncated_and_damaged_gzip_name_the_file(tmp_path):
-    packed = bytearray(gzip.compress(b"some text that is long enough to be packed " * 50))
+    packed = bytearray(gzip.compress(b"some text that is long enough to be packed " * 50, mtime=0))
     (tmp_path / "a.txt.gz").write_bytes(packed[:-9])
     with pytest.raises(DataError, match=r"a\.txt\.gz: E_COMPRESSION"):
         read(tmp_path)
