@@ -232,7 +232,7 @@ def test_more_than_there_is_gives_what_there_is(client, config):
         (b'{"queries": "a", "k": ' + b"1" * 10_000 + b"}", {}, 400),
         (b'{"queries": "a"}', {"content-type": "text/plain"}, 415),
         (b"queries=a", {"content-type": "application/x-www-form-urlencoded"}, 415),
-        (gzip.compress(b'{"queries": "' + b"a" * 10_000_000 + b'"}'), {"content-encoding": "gzip"}, 415),
+        (gzip.compress(b'{"queries": "' + b"a" * 10_000_000 + b'"}', mtime=0), {"content-encoding": "gzip"}, 415),
         (b'{"queries": "' + b"a" * 5_000_000 + b'"}', {}, 413),
     ],
 )
