@@ -183,21 +183,28 @@ def _measured(file: Path | None) -> Iterator[list["Outcome"]]:
     try:
         yield outcomes
         code = 0
-    except VecmillError as error:
-        code = error.exit_code
+    except BaseException as error:
+        code = exit_code(error)
         raise
     finally:
         if file is not None:
-            from pipeline.exposition import Meters
+            try:
+                _write_metrics(file, code, time.monotonic() - started, outcomes)
+            except VecmillError as error:  # how the run ended is said by the run
+                messages.print(f"vecmill: {error}", markup=False)
 
-            took = {RUN_EXIT_CODE: float(code), RUN_TIME: time.time(), RUN_SECONDS: time.monotonic() - started}
-            found = _levels(outcomes[0]) if outcomes else {}
-            meters = Meters([*took, *found, *([RUN_ROWS] if outcomes else [])])  # what is not known is left out, not 0
-            for metric, value in (took | found).items():
-                meters.level(metric, value)
-            for status in FATES if outcomes else ():
-                meters.level(RUN_ROWS, outcomes[0].snapshot.counts.get(status, 0), status=status)
-            meters.write(file)
+
+def _write_metrics(file: Path, code: int, seconds: float, outcomes: list["Outcome"]) -> None:
+    from pipeline.exposition import Meters
+
+    took = {RUN_EXIT_CODE: float(code), RUN_TIME: time.time(), RUN_SECONDS: seconds}
+    found = _levels(outcomes[0]) if outcomes else {}
+    meters = Meters([*took, *found, *([RUN_ROWS] if outcomes else [])])  # what is not known is left out, not 0
+    for metric, value in (took | found).items():
+        meters.level(metric, value)
+    for status in FATES if outcomes else ():
+        meters.level(RUN_ROWS, outcomes[0].snapshot.counts.get(status, 0), status=status)
+    meters.write(file)
 
 
 def _levels(outcome: "Outcome") -> dict[Metric, float]:

@@ -19,7 +19,7 @@ import typer
 from jobs.options import SIGNALLED, ConfigOption, SetOption, VerboseOption, command, duration, messages
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import VecmillError
+from pipeline.errors import ConfigError, VecmillError
 from pipeline.result import History, history, next_attempt, read_result
 from pipeline.schedule import Schedule
 from pipeline.storage import Storage
@@ -47,6 +47,9 @@ def schedule(
     address: Annotated[str | None, typer.Option("--address", help="Submit the runs to the Ray cluster there")] = None,
     image: Annotated[bool, typer.Option("--image", help="With --address: use the vecmill that its nodes have")] = False,
     once: Annotated[bool, typer.Option("--once", help="Run if a tick is due, exit with its code")] = False,
+    metrics_file: Annotated[
+        str | None, typer.Option("--metrics-file", help="For runs on this machine: as reindex --metrics-file")
+    ] = None,
     max_staleness: Annotated[
         str | None, typer.Option("--max-staleness", help="Tell when no run has succeeded for so long: 36h")
     ] = None,
@@ -57,6 +60,9 @@ def schedule(
     settings, times = load_config(config, tuple(overrides or ())), Schedule(cron, zone)
     kind = ["submit", "--address", address, *(["--image"] if image else [])] if address else ["reindex"]
     arguments = [*kind, "-c", config, *(part for value in overrides or () for part in ("--set", value))]
+    if metrics_file and address:
+        raise ConfigError("--metrics-file: a run on a cluster writes no file here; scrape Ray's own metrics there")
+    arguments += ["--metrics-file", metrics_file] if metrics_file else []
     arguments += ["-v"] if verbose else ["-q"] if as_json else []
     limit = timedelta(seconds=duration(max_staleness)) if max_staleness else None
     runner = Runner(settings, arguments, _tell_json if as_json else _tell_text, limit)
@@ -81,13 +87,13 @@ class Runner:
         """What the root says of earlier runs."""
         return history(self._storage)
 
-    def run(self, tick: datetime) -> int:
-        """Run for a tick and return the exit code; 0 where another scheduler has settled it meanwhile."""
+    def run(self, tick: datetime) -> int | None:
+        """Run for a tick and return the exit code; None where another scheduler has settled it meanwhile."""
         try:
             past = self.history()
             if past.settled and past.settled >= tick:
                 self.tell("settled", f"the tick of {_minute(tick)} is settled already", tick=tick)
-                return 0
+                return None
             return self._run(tick)
         except VecmillError as error:  # the root cannot be read: like a run that failed, the next tick is the next attempt
             self.tell("ended", f"the tick of {_minute(tick)}: {error}", tick=tick, exit_code=error.exit_code)
@@ -120,8 +126,9 @@ def follow(times: Schedule, runner: Runner, clock: Clock, *, once: bool = False)
     while True:
         now, code = clock.now(), 0
         if tick := times.due(known.settled, now):
-            code = runner.run(tick)
-            known = History(settled=tick, succeeded=known.succeeded if code else now)
+            ended = runner.run(tick)
+            code = ended or 0
+            known = runner.history() if ended is None else History(tick, known.succeeded if code else now)
         runner.watch(known.succeeded, clock.now())
         if once and tick:
             return code

@@ -35,7 +35,8 @@ def serve(
     if on_ray:
         from pipeline.service import ray
 
-        ray.run({"config": config, "overrides": overrides or [], "artifact": artifact}, host, port)
+        what = {"config": config, "overrides": overrides or [], "artifact": artifact}
+        ray.run(what | {"no_auth": no_auth or _is_loopback(host)}, host, port)
         return
     import uvicorn
 

@@ -13,11 +13,12 @@ with a role, or with keys in their own environment, need none of that; nothing o
 import asyncio
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,10 @@ AGENT_WAIT_S = 120.0
 """A head answers before its job agent is up: so long it may take."""
 CLUSTER_WAIT_S = 120.0
 """A cluster that answers no more while its job is followed is given up after so long."""
+LOG_WAIT_S = 60.0
+"""So long a log is followed before the job is asked for its state: a head that lost its network never ends the log."""
 PAUSE_S = 2.0
+JOB_NAME = re.compile(r"[a-z].*-(\d{8,})")
 
 
 @command
@@ -44,7 +48,7 @@ def submit(
     config: ConfigOption,
     address: Annotated[str | None, typer.Option("--address", help="http://HEAD:8265; default: $RAY_ADDRESS or here")] = None,
     overrides: SetOption = None,
-    tick: Annotated[str | None, typer.Option("--tick", help="The moment this run is for, ISO 8601; default: now")] = None,
+    tick: Annotated[str | None, typer.Option("--tick", help="What this run is for: ISO 8601, or a CronJob's Job")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job and exit as it does")] = True,
     image: Annotated[bool, typer.Option("--image", help="Use the vecmill that the cluster's nodes have")] = False,
     as_json: JsonOption = False,
@@ -141,7 +145,8 @@ class _Cluster:
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
         except OSError as error:  # requests' own errors among them
-            raise ConfigError(f"{self.where}: no cluster answers, {_first_line(error)}; check --address") from error
+            what = f"{self.where}: no cluster answers, {_first_line(error)}"
+            raise ProcessError(f"{what}; check --address, or try again") from error
         except RuntimeError as error:
             raise ProcessError(f"{self.where}: the job API refused, {_first_line(error)}; see the head's logs") from error
 
@@ -175,7 +180,8 @@ def _follow(cluster: _Cluster, run: str, *, quiet: bool) -> None:
         while True:
             try:
                 if not quiet:
-                    asyncio.run(log.tell())
+                    with suppress(TimeoutError):
+                        asyncio.run(asyncio.wait_for(log.tell(), LOG_WAIT_S))
                 if cluster.state(run) not in {"PENDING", "RUNNING"}:
                     return
                 answered = time.monotonic()
@@ -220,7 +226,12 @@ def _exit_as(cluster: _Cluster, run: str, result: RunResult | None) -> None:
 
 
 def _moment(text: str | None) -> datetime:
-    """A tick, to the minute, in UTC, which is what a time without an offset is taken for."""
+    """A tick, to the minute, in UTC, which is what a time without an offset is taken for.
+
+    Kubernetes' CronJobs end the names of their Jobs with the scheduled minute since 1970: such a name is a tick too.
+    """
+    if text and (named := JOB_NAME.fullmatch(text)):
+        return datetime.fromtimestamp(60 * int(named[1]), UTC)
     try:
         moment = datetime.fromisoformat(text) if text else datetime.now(UTC)
     except ValueError as error:

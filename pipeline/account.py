@@ -167,7 +167,8 @@ def _work(
 
 
 def _encoding(wall: dict[str, float], shards: Sequence[Record]) -> Work:
-    """Rates per second of encoding, of one encoder."""
+    """Rates per second of encoding, of one encoder; shards that were compacted were not encoded as they are."""
+    shards = [record for record in shards if "encode" in record.timings_s]
     phases, amounts = _seconds(shards), _sum(shards, "passages", "tokens", "padded_tokens", "rescued")
     rates = _rates(phases.get("encode", 0.0), amounts, "passages", "tokens")
     rates["padding"] = amounts["padded_tokens"] / max(1, amounts["tokens"]) - 1

@@ -104,8 +104,8 @@ def _size(folder: Path) -> int:
 
 
 def _stat_sizes(folder: Path) -> Iterator[int]:
-    for file in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # another process removes it
+        for file in folder.iterdir():
             yield file.stat().st_size
 
 

@@ -31,8 +31,8 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
         live = live_keys(job.storage, parts(job.storage, snapshot))
         found = quarantined_keys(job.embeddings, job.embedding_folder, records)
         total, left_out = len(live), found[is_among(found, live)]
-    rejected = snapshot.counts["rejected"]
-    where = put_quarantine(job, snapshot, left_out) if rejected or len(left_out) else ""
+    rejected, skipped = snapshot.counts["rejected"], snapshot.counts["skipped_files"]
+    where = put_quarantine(job, snapshot, left_out) if rejected or skipped or len(left_out) else ""
     if len(left_out):
         counts = f"{total} passages = {total - len(left_out)} with a vector + {len(left_out)} quarantined"
         job.say(Event("embed", f"{counts}, see {where}"))
@@ -43,7 +43,7 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
                 "use another model or precision, or raise corpus.max_bad_fraction / max_bad_rows"
             )
     elif where:
-        job.say(Event("embed", f"the rejected rows, {rejected}, are in {where}"))
+        job.say(Event("embed", f"what was rejected, {rejected} rows and {skipped} files, is in {where}"))
     return Coverage(snapshot, left_out)
 
 

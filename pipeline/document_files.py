@@ -74,10 +74,11 @@ class Documents:
     """Reads the rows of ordinals from the files of a local artifact folder."""
 
     def __init__(self, folder: Path, files: Sequence[DocumentsFile]) -> None:
-        self._folder = folder
         self._files = files
         self._firsts = np.array([file.first for file in files], dtype=np.int64)
-        opened = partial(_open, folder, files)  # not a method: a cycle would keep the files open until it is collected
+        # what is mapped can be read when gc or purge has deleted the files
+        self._maps = [pa.memory_map(str(folder / file.name)).read_buffer() for file in files]
+        opened = partial(_open, self._maps)  # not a method: a cycle would keep the files open until it is collected
         self._opened = lru_cache(maxsize=OPEN_FILES)(opened)
 
     def rows(self, ordinals: Ordinals) -> dict[int, list[dict[str, Any]]]:
@@ -92,9 +93,9 @@ class Documents:
 
     def batches(self, columns: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
         """Every row as (file name, number of its first row in that file, record batch)."""
-        for file in self._files:
+        for file, mapped in zip(self._files, self._maps, strict=True):
             first = 0
-            parquet = pq.ParquetFile(self._folder / file.name, page_checksum_verification=True)
+            parquet = pq.ParquetFile(pa.BufferReader(mapped), page_checksum_verification=True)
             for batch in parquet.iter_batches(columns=list(columns)):
                 yield file.name, first, batch
                 first += len(batch)
@@ -115,15 +116,13 @@ class Documents:
         return cast(list[dict[str, Any]], table.filter(pa.array(chosen)).to_pylist())
 
 
-def _open(
-    folder: Path, files: Sequence[DocumentsFile], number: int, thread: int
-) -> tuple[pq.ParquetFile, npt.NDArray[np.int64]]:
+def _open(maps: Sequence[pa.Buffer], number: int, thread: int) -> tuple[pq.ParquetFile, npt.NDArray[np.int64]]:
     """A file, and the first ordinal of each of its row groups.
 
     Opened for each ``thread``: two that read from one handle find "no matching cache entry" (pyarrow 26).
     """
     del thread
-    parquet = pq.ParquetFile(folder / files[number].name, memory_map=True, page_checksum_verification=True)
+    parquet = pq.ParquetFile(pa.BufferReader(maps[number]), page_checksum_verification=True)
     metadata = parquet.metadata
     column = metadata.schema.names.index("ordinal")
     groups = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups))

@@ -57,6 +57,7 @@ def purge(config: Config, doc_ids: Collection[str], say: Callable[[str], None] =
         vectors = sum(_erase_vectors(Store(storage, shared, encoder), keys) for encoder in _encoders(shared))
         passages, rejected = _erase_rows(storage, snapshot, ids, id_keys)
         gone = upkeep.collect_held(storage, config, keep=1, grace_s=-1, epoch=lease.epoch)
+        _erase_told(storage, doc_ids)
     searched = _search(storage, storage.walk(), ids, id_keys, keys)
     searched += _search(shared, shared.walk(), ids, id_keys, keys) if config.store.embeddings else 0
     return Erased(passages, rejected, vectors, sum(gone.files.values()), searched)
@@ -171,6 +172,13 @@ def _without(storage: Storage, record: Record, ids: Any, id_keys: Keys, masked: 
             rejected = put_data(storage, stem, ".rejected.parquet", data, int((~gone).sum()))
             counts |= {name: counts[name] - int(gone.sum()) for name in ("rows", "rejected")}
     return record.model_copy(update={"files": tuple(files), "documents": documents, "rejected": rejected, "counts": counts})
+
+
+def _erase_told(storage: Storage, doc_ids: Collection[str]) -> None:
+    """Delete what runs said that names one of the documents: the first rejected rows stand in the error of a run."""
+    for file in storage.walk(layout.RUNS):
+        if file.path.endswith(".json") and any(doc_id.encode() in storage.read(file.path) for doc_id in doc_ids):
+            storage.delete(file.path)
 
 
 def _put_snapshot(storage: Storage, snapshot: SnapshotManifest, records: list[Record], masked: dict[str, Any]) -> None:

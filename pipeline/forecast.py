@@ -96,5 +96,5 @@ def put_forecast(job: Job, ahead: Ahead) -> Forecast:
         rate_source=rate.source if rate else "no record of this encoder on this kind of machine yet",
         **sizes(plan, ahead.passages, job.spec.dim, ahead.document_bytes, job.config.compute.merge_memory),
     )
-    job.storage.create(layout.run(job.run_id, PLAN), to_bytes(forecast))
+    job.storage.put(layout.run(job.run_id, PLAN), to_bytes(forecast))
     return forecast

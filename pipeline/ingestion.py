@@ -4,6 +4,7 @@ Rows of a part are sorted by key; beside the parts lies a row per document: who 
 rejected rows, and the record comes last.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from pipeline import layout
 from pipeline.config import Config
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, rejected_document
-from pipeline.errors import BadFileError
+from pipeline.errors import BadFileError, StorageError, VerificationError
 from pipeline.manifest import DataFile, Record, load, put_data, put_record
 from pipeline.passages import KEY_BYTES, Passage, Splitter, passage_key
 from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes, read_columns
@@ -68,6 +69,8 @@ DOCUMENT_SCHEMA = pa.schema(
     ]
 )
 COUNTS = ("rows", "documents", "rejected", "skipped_files", "passages", "split", "truncated", "sparse", "prompted", "tokens")
+MAX_KNOWN = 1 << 20
+"""Passages of earlier units that an ingest task keeps the token counts of: some 150 MB."""
 CRASHED = "E_CRASH"
 CRASH_HINT = "look at it and at the memory of the machine"
 
@@ -190,13 +193,16 @@ def split_documents(unit: IngestUnit, config: Config, splitter: Splitter, wanted
 
 
 def _counted_before(storage: Storage, units: Collection[str]) -> dict[bytes, int]:
-    """Tokens of the passages of earlier units by key, but for those that were cut."""
+    """Tokens of the passages of earlier units by key, but for those that were cut. It only saves work: what is gone is none."""
     found: dict[bytes, int] = {}
-    for record in (load(Record, storage, layout.ingest_record(unit)) for unit in units):
-        for file in record.files if record else ():
-            table = read_columns(storage, layout.PASSAGES, file, ["key", "tokens", "truncated"])
-            table = table.filter(pc.invert(table.column("truncated")))
-            found |= zip(table.column("key").to_pylist(), table.column("tokens").to_pylist(), strict=True)
+    with contextlib.suppress(VerificationError, StorageError, FileNotFoundError):
+        for record in (load(Record, storage, layout.ingest_record(unit)) for unit in units):
+            for file in record.files if record else ():
+                if len(found) > MAX_KNOWN:
+                    return found
+                table = read_columns(storage, layout.PASSAGES, file, ["key", "tokens", "truncated"])
+                table = table.filter(pc.invert(table.column("truncated")))
+                found |= zip(table.column("key").to_pylist(), table.column("tokens").to_pylist(), strict=True)
     return found
 
 

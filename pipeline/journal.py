@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import layout
 from pipeline.errors import StorageError, VecmillError
 from pipeline.job import Event, Job
+from pipeline.log import Log
 from pipeline.manifest import Document, load, to_bytes
 from pipeline.storage import Storage
 
@@ -76,8 +78,10 @@ def journal(job: Job) -> Iterator[Job]:
 def last_runs(storage: Storage, count: int) -> list[RunState]:
     """The last state of the latest runs that wrote any, latest first. One that was killed says it is running."""
     found: list[RunState] = []
-    for folder in storage.list(layout.RUNS)[: -LOOKED_AT_RUNS * count : -1]:
-        files = storage.list(layout.events(folder.rpartition("/")[2]))
+    began = [entry.run for entry in Log(storage).refresh().backwards() if entry.kind == "acquire"]  # names have no order
+    others = (folder.rpartition("/")[2] for folder in reversed(storage.list(layout.RUNS)))  # that did not get that far
+    for run in list(dict.fromkeys((*began, *others)))[: LOOKED_AT_RUNS * count]:
+        files = storage.list(layout.events(run))
         state = load(RunState, storage, files[-1]) if files else None
         if state is not None:
             found.append(state)
@@ -143,7 +147,8 @@ class _Writer:
     def _first_number(self) -> int:
         """A run that is tried again under its name goes on counting."""
         with contextlib.suppress(StorageError):
-            return len(self._storage.list(layout.events(self._run)))
+            files = self._storage.list(layout.events(self._run))
+            return int(PurePosixPath(files[-1]).stem) + 1 if files else 0
         return 0
 
     def _put(self, number: int, state: RunState) -> None:

@@ -1,5 +1,6 @@
 """The live artifact on this machine: found through the log, copied here when it is remote, opened, asked."""
 
+import contextlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -27,18 +28,25 @@ class Opened:
 
 
 def live_snapshot(storage: Storage) -> SnapshotManifest | None:
-    """The snapshot of the live artifact; None where nothing is live or it can no longer be read."""
+    """The snapshot of the live artifact; None where nothing is live. Raises VerificationError where it is no longer there."""
     entry = Log(storage).refresh().live
     if entry is None or entry.artifact is None:
         return None
-    manifest = load(ArtifactManifest, storage, f"{layout.artifact(entry.artifact)}/{MANIFEST}")
-    return load(SnapshotManifest, storage, layout.snapshot(manifest.snapshot)) if manifest else None
+    path = f"{layout.artifact(entry.artifact)}/{MANIFEST}"
+    manifest = load(ArtifactManifest, storage, path)
+    snapshot = load(SnapshotManifest, storage, layout.snapshot(manifest.snapshot)) if manifest else None
+    if snapshot is None:
+        gone = storage.at(layout.snapshot(manifest.snapshot) if manifest else path)
+        raise VerificationError(f"{gone}: missing, commit {entry.number} rests on it; restore it")
+    return snapshot
 
 
 def known_files(storage: Storage) -> tuple[InputFile, ...]:
     """Input files of the live artifact's snapshot, whose content is known without reading."""
-    snapshot = live_snapshot(storage)
-    return snapshot.files if snapshot else ()
+    with contextlib.suppress(VerificationError):  # then every file is read
+        snapshot = live_snapshot(storage)
+        return snapshot.files if snapshot else ()
+    return ()
 
 
 def open_live(config: Config) -> Opened:

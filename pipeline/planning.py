@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow as pa
 from pipeline import layout
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, read_ids
 from pipeline.documents import deleted_keys, resolve
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.forecast import Rate, learned_rate, sizes
 from pipeline.formats import count_rows
 from pipeline.index_plan import IndexPlan, choose
@@ -161,7 +162,10 @@ def _sampled(job: Job, units: Sequence[IngestUnit]) -> Counted:
 def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> Counted:
     """What ingest makes of the corpus, in a scratch folder that goes again."""
     corpus = job.config.corpus
-    with tempfile.TemporaryDirectory(prefix="vecmill-plan-", dir=job.config.compute.scratch) as folder:
+    scratch = job.config.compute.scratch
+    if scratch and not Path(scratch).is_dir():
+        raise ConfigError(f"compute.scratch: {scratch}: no such folder; make it or unset it")
+    with tempfile.TemporaryDirectory(prefix="vecmill-plan-", dir=scratch) as folder:
         storage = Storage(folder)
         records = [ingest_unit(unit, job.config, _splitter(job), storage) for unit in units]
         deletes = identify_files(deletes_config(job.config)).chosen if corpus.deletes else ()

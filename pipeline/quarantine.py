@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline import layout
 from pipeline.corpus import text_head
@@ -15,20 +16,28 @@ from pipeline.fingerprint import sha256
 from pipeline.ingestion import REJECTED_SCHEMA
 from pipeline.job import Job
 from pipeline.manifest import SnapshotManifest
-from pipeline.shards import Keys, fixed_binary, parquet_bytes, read_columns
-from pipeline.snapshot import parts, rejected_rows
+from pipeline.merging import scratch
+from pipeline.shards import Keys, fixed_binary, read_columns
+from pipeline.snapshot import parts, rejected_tables
 
 FILE = "quarantine.parquet"
 SOURCE = ("key", "doc_id", "source_uri", "source_row", "text")
 
 
 def put_quarantine(job: Job, snapshot: SnapshotManifest, left_out: Keys | None = None) -> str:
-    """Write it, with the passages of the keys ``left_out`` (sorted, (n,) S16) too; returns its URI."""
-    rows = rejected_rows(job.storage, snapshot)
-    if left_out is not None and len(left_out):
-        rows += _without_vector(job, snapshot, left_out)
+    """Write it, with the passages of the keys ``left_out`` (sorted, (n,) S16) too; returns its URI.
+
+    Holds the rejected rows of one ingest unit at a time.
+    """
     path = layout.run(job.run_id, FILE)
-    job.storage.put(path, parquet_bytes(pa.Table.from_pylist(rows, schema=REJECTED_SCHEMA), compress=True))
+    with scratch(job) as folder:
+        with pq.ParquetWriter(folder / FILE, REJECTED_SCHEMA, compression="zstd") as writer:
+            for table in rejected_tables(job.storage, snapshot):
+                writer.write_table(table.cast(REJECTED_SCHEMA))
+            if left_out is not None and len(left_out):
+                rows = list(_without_vector(job, snapshot, left_out))
+                writer.write_table(pa.Table.from_pylist(rows, schema=REJECTED_SCHEMA))
+        job.storage.adopt(path, folder / FILE)
     return job.storage.at(path)
 
 

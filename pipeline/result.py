@@ -6,6 +6,7 @@ The name of a scheduled run carries its tick, so what a root holds tells which t
 
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -87,21 +88,37 @@ def next_attempt(storage: Storage, digest: str, tick: datetime) -> str:
 def history(storage: Storage) -> History:
     """What results and commits of a root say. A failed run settles its tick: the next tick is the next attempt.
 
-    ``gc`` takes old results; the log keeps the commits.
+    ``gc`` takes old results, but not those that this rests on; the log keeps the commits.
     """
     settled = succeeded = None
-    names = (path.rpartition("/")[2] for path in storage.list(layout.RUNS))
-    ticks = sorted(((match[1], name) for name in names if (match := SCHEDULED.fullmatch(name))), reverse=True)
-    for tick, name in ticks:
-        result = read_result(storage, name)
-        if result is None or result.exit_code in STOPPED:
-            continue
-        settled = settled or datetime.strptime(tick, TICK_FORMAT).replace(tzinfo=UTC)
+    for tick, result in _settling(storage):
+        settled = settled or tick
         if result.exit_code == 0:
             succeeded = result.started
             break
     built = _last_built(storage, succeeded)
     return History(_latest(settled, built), _latest(succeeded, built))
+
+
+def remembered(storage: Storage) -> set[str]:
+    """Paths of the results that ``history`` rests on: of the latest settled tick, and of the latest run that succeeded."""
+    found: list[str] = []
+    for _, result in _settling(storage):
+        if not found or result.exit_code == 0:
+            found.append(layout.run(result.run, "result.json"))
+        if result.exit_code == 0:
+            break
+    return set(found)
+
+
+def _settling(storage: Storage) -> Iterator[tuple[datetime, RunResult]]:
+    """Ticks that need no run any more with how their runs ended, latest first."""
+    names = (path.rpartition("/")[2] for path in storage.list(layout.RUNS))
+    ticks = sorted(((match[1], name) for name in names if (match := SCHEDULED.fullmatch(name))), reverse=True)
+    for tick, name in ticks:
+        result = read_result(storage, name)
+        if result is not None and result.exit_code not in STOPPED:
+            yield datetime.strptime(tick, TICK_FORMAT).replace(tzinfo=UTC), result
 
 
 def _last_built(storage: Storage, after: datetime | None) -> datetime | None:

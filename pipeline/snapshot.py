@@ -108,18 +108,24 @@ def check_quality(storage: Storage, snapshot: SnapshotManifest, config: Config, 
         raise DataError(f"{corpus.uri}: no document in {rows} rows; check corpus.text and corpus.id")
 
 
-def rejected_rows(storage: Storage, snapshot: SnapshotManifest, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rejected rows of a snapshot, up to a limit."""
+def rejected_rows(storage: Storage, snapshot: SnapshotManifest, limit: int) -> list[dict[str, Any]]:
+    """The first rejected rows of a snapshot."""
     rows: list[dict[str, Any]] = []
+    for table in rejected_tables(storage, snapshot):
+        rows += table.slice(0, limit - len(rows)).to_pylist()
+        if len(rows) == limit:
+            break
+    return rows
+
+
+def rejected_tables(storage: Storage, snapshot: SnapshotManifest) -> Iterator[Any]:
+    """All rejected rows of a snapshot, a table per file of REJECTED_SCHEMA."""
     names = (*REJECTED_SCHEMA.names,)
     if snapshot.rejected:
-        rows += read_columns(storage, layout.SNAPSHOTS, snapshot.rejected, names).to_pylist()
+        yield read_columns(storage, layout.SNAPSHOTS, snapshot.rejected, names)
     for record in chain.from_iterable(unit_records(storage, snapshot)):
-        if limit is not None and len(rows) >= limit:
-            break
         if record.rejected:
-            rows += read_columns(storage, layout.PASSAGES, record.rejected, names).to_pylist()
-    return rows[:limit]
+            yield read_columns(storage, layout.PASSAGES, record.rejected, names)
 
 
 def unit_records(storage: Storage, snapshot: SnapshotManifest) -> Iterator[list[Record]]:

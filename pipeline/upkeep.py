@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.job import new_run_id
 from pipeline.log import Log, LogEntry, writing
 from pipeline.manifest import ArtifactManifest, Evaluation, Record, SnapshotManifest, TrainedManifest, list_records, load
+from pipeline.result import remembered
 from pipeline.shards import Keys, is_among, read_keys
 from pipeline.snapshot import live_keys, parts, snapshot_of
 from pipeline.storage import Storage, Stored
@@ -87,7 +88,7 @@ def collect_held(
     commits = _last_commits(log, keep)
     found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
     files = storage.walk()
-    needed = set(_needed(storage, commits)) | set(_told(log, commits, files))
+    needed = {*_needed(storage, commits), *_told(log, commits, files), *remembered(storage)}
     now = max((file.modified_s for file in files), default=0.0)  # an entry of the log at the latest
     shared = config.store.embeddings is not None
     doomed = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache import _size
 from pipeline.config import SearchConfig
 from pipeline.errors import StorageError, VerificationError
 from pipeline.live import open_uri
@@ -141,3 +142,7 @@ def test_processes_that_push_each_other_out_all_find_what_they_open(tmp_path, ar
     for reader in readers:
         _, errors = reader.communicate(timeout=150)
         assert reader.returncode == 0, errors[-2000:]
+
+
+def test_sizes_of_a_folder_that_another_process_removes_are_none(tmp_path):
+    assert _size(tmp_path / "gone") == 0

@@ -17,6 +17,7 @@ import yaml
 
 from jobs.__main__ import app
 from pipeline import __version__
+from pipeline.config import Config
 from pipeline.config_file import load_config
 from tests.kuberay import KINDS, violations
 
@@ -207,6 +208,13 @@ def test_import_path_of_the_service_exists(built):
     module, _, attribute = application["import_path"].partition(":")
     assert application["args"]["config"] == "/etc/vecmill/vecmill.yaml"
     assert f"def {attribute}(" in Path(importlib.util.find_spec(module).origin).read_text()
+
+
+def test_the_cache_of_artifacts_fits_its_volume(built):
+    config = yaml.safe_load((HOME / "jobs" / "kubernetes" / "base" / "vecmill.yaml").read_text())
+    cluster = (HOME / "jobs" / "kubernetes" / "base" / "ray-cluster.yaml").read_text()
+    volumes = [int(size) << 30 for size in re.findall(r"sizeLimit: (\d+)Gi", cluster)]
+    assert Config.model_validate(config).search.cache_size < min(volumes)
 
 
 def test_exit_codes_are_those_of_the_readme(built):

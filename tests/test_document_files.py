@@ -72,3 +72,11 @@ def test_few_rows_or_none_are_one_plainly_named_file(tmp_path):
     with DocumentsWriter(tmp_path, 0) as writer:
         writer.write(rows_of([]))
     assert writer.files[0].rows == 0 == pq.read_metadata(tmp_path / "documents.parquet").num_rows
+
+
+def test_files_that_gc_deleted_are_read_on(tmp_path, written):
+    documents = Documents(tmp_path, written.files)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert [row["text"] for row in documents.rows(np.array([7, 3999]))[3999]] == ["text 3999"]
+    assert documents.passages_of("d0")

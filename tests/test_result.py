@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pipeline import upkeep
 from pipeline.errors import ConfigError, StorageError
 from pipeline.log import writing
 from pipeline.result import (
@@ -17,7 +18,10 @@ from pipeline.result import (
     scheduled_name,
     write_result,
 )
+from pipeline.run import reindex
 from pipeline.storage import Storage
+from tests.conftest import make_config, sentences, write_jsonl
+from tests.faults.alone import alone as alone  # a fixture
 
 TICK = datetime(2026, 11, 24, 3, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -92,3 +96,19 @@ def test_history_knows_commits_when_results_are_gone_and_no_rollback_settles_a_t
     later = began + DAY
     end(storage, scheduled_name("00aa", later, 1), 0, later)
     assert history(storage) == History(settled=later.replace(second=0), succeeded=later)
+
+
+@pytest.mark.usefixtures("alone")
+def test_gc_keeps_the_results_that_a_scheduler_rests_on(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(5))
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "flat"})
+    reindex(config)
+    storage = Storage(config.root)
+    names = [scheduled_name("abc123", TICK + 1000 * DAY + day * DAY, 1) for day in range(5)]
+    for name, code in zip(names, (0, 0, 3, 1, 143), strict=True):
+        end(storage, name, code, TICK + 1000 * DAY)
+    before = history(storage)
+    assert before.settled == TICK + 1003 * DAY
+    upkeep.collect(config, keep=1, grace_s=-1)
+    assert history(storage) == before
+    assert [name for name in names if read_result(storage, name)] == [names[1], names[3]]

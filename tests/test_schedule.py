@@ -197,7 +197,7 @@ def test_scheduler_leaves_a_tick_to_another_that_settled_it(tmp_path):
     clock = TurnedClock(NOON + HOUR, NOON + 1.5 * HOUR)
     runner = TimedRunner(tmp_path / "root", clock)
     settle(tmp_path / "root", NOON + HOUR)
-    assert (runner.run(NOON + HOUR), runner.ticks) == (0, [])
+    assert (runner.run(NOON + HOUR), runner.ticks) == (None, [])
     assert runner.heard == [("settled", "the tick of 2026-11-24 13:00 UTC is settled already")]
 
 

@@ -21,7 +21,7 @@ from pipeline.model import EncoderSpec, find_model
 from pipeline.passages import Splitter
 from pipeline.quarantine import put_quarantine
 from pipeline.shards import read_columns
-from pipeline.snapshot import check_quality, grown, put_snapshot, snapshot_name, unit_records
+from pipeline.snapshot import ceiling, check_quality, grown, put_snapshot, snapshot_name, unit_records
 from pipeline.stages import metering
 from pipeline.stages.cluster import own_error, tolerant_rows
 from pipeline.stages.pieces import Mortal, in_pieces
@@ -130,11 +130,13 @@ def _read_apart(job: Job, unit: IngestUnit) -> Record:
 
 def _deadly(job: Job, reader: Mortal, unit: IngestUnit) -> frozenset[Place]:
     """Documents that a process dies of when it splits them, and files (no row) that it dies of when it reads them."""
-    most, deadly = job.config.corpus.max_bad_rows, set()
+    corpus, deadly = job.config.corpus, set()
     places: list[Place] = []
-    for number, found in in_pieces(len(unit.slices), lambda piece: reader.ask("places", unit, piece), most):
+    files = in_pieces(len(unit.slices), lambda piece: reader.ask("places", unit, piece), corpus.max_bad_rows)
+    for number, found in files:
         places += found or ()
         deadly |= {(unit.slices[number.start].uri, None)} if found is None else set()
+    most = ceiling(corpus, len(places))
     splits = in_pieces(len(places), lambda piece: reader.ask("split", unit, places[piece.start : piece.stop]), most)
     return frozenset(deadly | {places[piece.start] for piece, found in splits if found is None})
 

@@ -6,6 +6,7 @@ from typing import Any
 import ray
 
 from pipeline.errors import ProcessError
+from pipeline.stages.cluster import DEATHS as DEATHS_OF_PROCESSES
 from pipeline.stages.cluster import own_error
 
 CUTS = 16
@@ -27,7 +28,7 @@ class Mortal:
             self._actor = self._start()
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
-        except ray.exceptions.RayActorError:
+        except DEATHS_OF_PROCESSES:
             self._actor = None
             return None
         except ray.exceptions.RayError as error:

@@ -53,7 +53,7 @@ def test_same_text_counts_once_other_texts_reject_the_id(tmp_path):
     assert texts["d5"] == [rows[5]["text"]]
     storage = Storage(config.root)
     snapshot = load(SnapshotManifest, storage, layout.snapshot(open_live(config).manifest.snapshot))
-    rejected = rejected_rows(storage, snapshot)
+    rejected = rejected_rows(storage, snapshot, 99)
     assert sorted((row["source_uri"].rpartition("/")[2], row["source_row"], row["code"]) for row in rejected) == [
         ("a.jsonl", 7, "E_DUP_ID"),
         ("b.jsonl", 1, "E_DUP_ID"),
@@ -117,7 +117,7 @@ def test_skipped_file_and_abort(tmp_path):
         reindex(config_of(tmp_path))
     found = reindex(config_of(tmp_path, corpus={"on_error": "skip_file"}))
     assert (found.snapshot.counts["documents"], found.snapshot.counts["skipped_files"]) == (30, 1)
-    (row,) = rejected_rows(Storage(str(tmp_path / "root")), found.snapshot)
+    (row,) = rejected_rows(Storage(str(tmp_path / "root")), found.snapshot, 9)
     assert (row["code"], row["source_row"], row["source_uri"].endswith("b.jsonl.gz")) == ("E_COMPRESSION", None, True)
     (tmp_path / "corpus" / "b.jsonl.gz").unlink()
     with (tmp_path / "corpus" / "a.jsonl").open("a") as out:

@@ -100,7 +100,7 @@ def test_a_document_that_kills_the_process_that_splits_it_is_put_aside(tmp_path,
     outcome = reindex(config)
     counts = outcome.snapshot.counts
     assert (counts["rows"], counts["documents"], counts["rejected"], outcome.encoded) == (60, 59, 1, 59)
-    (row,) = rejected_rows(plan_job(config, on_gpu=False).storage, outcome.snapshot)
+    (row,) = rejected_rows(plan_job(config, on_gpu=False).storage, outcome.snapshot, 9)
     assert (row["source_uri"], row["source_row"], row["doc_id"]) == (str(tmp_path / "corpus" / "a.jsonl"), 41, "d41")
     assert (row["code"], POISON in row["text_head"]) == ("E_CRASH", True)
     assert reindex(config).committed is False
