@@ -1,8 +1,8 @@
 """Erasure: the text and the vectors of documents leave everything under a root, and that is proved.
 
 What a document left behind when it went out of the corpus: its rows in ingest units (hidden by ``corpus.deletes`` or rejected),
-earlier artifacts and snapshots, the vectors and codes of its passages. Objects that a versioned bucket keeps, caches of other
-machines and the corpus itself are beyond this.
+earlier artifacts and snapshots, the vectors and codes of its passages. Objects that a versioned bucket keeps, copies in
+``search.cache_dir`` of any machine and the corpus itself are beyond this.
 """
 
 from collections.abc import Callable, Collection, Iterable
