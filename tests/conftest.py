@@ -98,6 +98,11 @@ def _end_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: what takes long must not begin when the other test process has nothing left to do."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
 @dataclass(frozen=True)
 class S3Server:
     endpoint: str

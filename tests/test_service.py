@@ -32,6 +32,7 @@ from pipeline.run import reindex
 from pipeline.service.app import make_app
 from pipeline.service.engine import Engine
 from pipeline.service.gate import digest_of
+from pipeline.service.ray import PATIENCE
 from pipeline.storage import Storage
 from pipeline.upkeep import rollback
 from tests.conftest import MINILM, _free_ports, make_config, sentences, start_ray, write_jsonl
@@ -519,18 +520,23 @@ def is_up(client):
     return False
 
 
-def test_ray_serve_runs_the_same_app(config_file, short_tmp):
+@pytest.mark.usefixtures("no_ray")
+def test_ray_serve_runs_the_same_app(config_file, short_tmp, monkeypatch):
     from ray import serve
 
     from pipeline.service.ray import build
 
+    monkeypatch.setenv(*PATIENCE)
     start_ray(short_tmp)
     (port,) = _free_ports(1)
     with pytest.raises(ConfigError, match="unknown argument"):
         build({"confg": str(config_file)})
+    with pytest.raises(ConfigError, match=r"set \$VECMILL_TOKEN"):
+        build({"config": str(config_file)})
+    args = {"config": str(config_file), "overrides": ["serve.max_k=7"], "no_auth": True}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build({"config": str(config_file), "overrides": ["serve.max_k=7"]}), name="vecmill")
+        serve.run(build(args), name="vecmill")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             eventually(lambda: is_up(client))
             assert ask(client, queries="igneous rock", k=1)["results"][0]["hits"][0]["text"] == SAME

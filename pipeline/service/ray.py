@@ -14,6 +14,8 @@ from starlette.types import ASGIApp
 from pipeline.config import S3Config
 
 NAME = "vecmill"
+PATIENCE = ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+"""Serve kills its own proxy when it is not up after 5 s, which is soon on a busy machine."""
 KNOWN = {"config", "overrides", "artifact", "replicas", "cpus", "no_auth"}
 
 
@@ -69,6 +71,7 @@ def without_keys(s3: S3Config) -> S3Config:
 def run(args: dict[str, Any], host: str, port: int) -> None:
     """Serve on a Ray that is there, else on a local one, until a signal comes; then only this application ends."""
     application = build(args)
+    os.environ.setdefault(*PATIENCE)
     handler = signal.getsignal(signal.SIGTERM)
     serve.start(http_options={"host": host, "port": port})
     signal.signal(signal.SIGTERM, handler)  # Ray installs one of its own, which exits in the middle of things

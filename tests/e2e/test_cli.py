@@ -88,7 +88,7 @@ def test_python_dash_m_jobs_is_the_same_program(indexed):
 
 def test_status_verify_and_second_reindex(indexed):
     status = json.loads(vecmill("status", "-c", indexed, "--json").stdout)
-    assert status["next"] == {"files": 1, "units": 1, "units_to_ingest": 0}
+    assert status["next"] == {"files": 1, "ignored_files": 0, "units": 1, "units_to_ingest": 0}
     assert status["writer"] is None
     assert status["live"] == status["artifacts"][0]["artifact"] == status["commits"][0]["artifact"]
     shown = vecmill("status", "-c", indexed).stdout

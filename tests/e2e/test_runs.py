@@ -76,6 +76,7 @@ def test_a_bug_is_exit_1_with_its_text_and_a_root_that_takes_no_result_hides_not
         end_of(file, name="bug")
     result = read_result(Storage(f"{tmp_path}/root"), "bug")
     assert (result.exit_code, result.error) == (1, "division by zero")
+    monkeypatch.setattr("pipeline.run.ingest", lambda *_: 1 / 0)
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "runs").write_text("a file where a folder should be")
     with pytest.raises(ZeroDivisionError):

@@ -142,7 +142,7 @@ def known_jobs(cluster):
 
 
 def test_a_tick_is_run_once_on_s3_and_the_keys_show_in_no_other_place(tmp_path, cluster, s3):
-    key, secret = "k", "s"
+    key, secret = s3.key, s3.secret
     root = f"s3://test/{tmp_path.name}/root"
     file = config_file(tmp_path, root=root, store=s3.store)
     done = cluster.submit(file, "--json")
@@ -159,7 +159,7 @@ def test_a_tick_is_run_once_on_s3_and_the_keys_show_in_no_other_place(tmp_path, 
     assert not job.metadata or secret not in job.metadata.values()
     (packed,) = cluster.folder.glob("session_2*/runtime_resources/working_dir_files/*/config.yaml")
     assert (packed.parent / "pipeline" / "run.py").exists()
-    assert "secret" not in packed.read_text()
+    assert key not in packed.read_text() and secret not in packed.read_text()
 
     assert not {"dashboard_sdk.py", "packaging.py", " sdk.py"} & set(re.findall(r" ?\w+\.py", done.stderr))
     again = cluster.submit(file, "--json")
