@@ -83,6 +83,11 @@ bench-index: $(INSTALLED)  ## measure the index, its build, its merge, its quali
 	$(BIN)/python -m pip install --quiet --target $(FOLDER)/peers --no-deps $(PEERS)
 	PYTHONPATH=$(FOLDER)/peers $(BIN)/python tests/benchmarks/peers.py $(FOLDER) $(STATIC)
 
+bench-nights: $(INSTALLED)  ## measure a night that changes 1 %, and plans against what happens; half an hour
+	mkdir -p $(FOLDER)
+	$(BIN)/python tests/benchmarks/incremental.py $(FOLDER)
+	$(BIN)/python tests/benchmarks/plan.py $(FOLDER)
+
 config-reference: $(INSTALLED)  ## write configs/cluster.yaml again from the models
 	$(BIN)/python tests/config_reference.py
 
