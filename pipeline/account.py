@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import drift, layout
+from pipeline import drift, layout, retries
 from pipeline.coverage import Coverage
 from pipeline.drift import Measure, histogram
 from pipeline.forecast import PLAN, Forecast
@@ -70,7 +70,10 @@ class Expected(Numbers):
 
 
 class Account(Document):
-    """All that a report tells. ``counts``: those of the manifest; ``quarantine``: rows and passages left out, by code."""
+    """All that a report tells. ``counts``: those of the manifest; ``quarantine``: rows and passages left out, by code.
+
+    ``retries``: requests to the store that the run had to make again until then.
+    """
 
     artifact: str
     created: str
@@ -87,6 +90,7 @@ class Account(Document):
     quarantine: dict[str, dict[str, int]]
     expected: tuple[Expected, ...]
     rate_source: str
+    retries: int
     disk: dict[str, dict[str, int]]
     lineage: dict[str, Any]
 
@@ -121,6 +125,7 @@ def make_account(job: Job, coverage: Coverage, draft: ArtifactManifest, merged: 
         },
         expected=tuple(_expected(job, forecast, draft, merged, shards)) if forecast else (),
         rate_source=forecast.rate_source if forecast else "",
+        retries=retries.so_far(),
         disk={
             "artifact": {name: file.size_bytes for name, file in sorted(draft.files.items())},
             "store": {"passages": _bytes(units), "embeddings": _bytes(shards), "index shards": _bytes(codes)},

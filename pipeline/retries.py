@@ -31,6 +31,11 @@ def add(number: int) -> None:
         _count += number
 
 
+def so_far() -> int:
+    """Retries counted since they were last taken."""
+    return _count
+
+
 def taken() -> int:
     """Retries counted since this was last called."""
     global _count

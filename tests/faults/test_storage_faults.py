@@ -1,5 +1,6 @@
 """Storage that breaks, stays away, only pretends, or is full."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -42,6 +43,8 @@ def test_a_job_over_a_bad_connection_makes_the_right_artifact(tmp_path, s3):
     assert outcome.live.counts["documents"] == outcome.encoded == 300
     assert set(proxy.broken) == set(KINDS), f"{proxy.requests} requests were too few to meet every fault"
     assert 0 < outcome.retries <= sum(proxy.broken.values())
+    report = Storage(bucket.at("root"), s3.store_config).read(f"{layout.artifact(outcome.live.version)}/report.json")
+    assert 0 < json.loads(report)["retries"] <= outcome.retries
     direct = config.model_copy(update={"store": s3.store_config})
     verify(Storage(bucket.at("root"), s3.store_config), layout.artifact(outcome.live.version))
     assert audit(direct, 100).passages == 300
