@@ -86,7 +86,8 @@ def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, data: bytes
 
 def _make_room(cache: Path, target: Path, wanted: int, limit: int) -> None:
     """Remove the longest unused copies until ``wanted`` more bytes are within the limit, and what killed processes left."""
-    for lock in sorted(cache.glob(f"*{LOCK}"), key=_last_use):
+    copies = (copy for copy in cache.iterdir() if copy.is_dir() and not copy.name.startswith(COPYING))
+    for lock in sorted({*cache.glob(f"*{LOCK}"), *(copy.with_suffix(LOCK) for copy in copies)}, key=_last_use):
         copy = lock.with_suffix("")
         is_over = wanted + sum(_size(each) for each in cache.iterdir() if each.is_dir()) > limit
         if copy == target or (copy.is_dir() and not is_over):

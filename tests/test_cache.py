@@ -144,5 +144,14 @@ def test_processes_that_push_each_other_out_all_find_what_they_open(tmp_path, ar
         assert reader.returncode == 0, errors[-2000:]
 
 
+def test_a_copy_without_a_lock_is_the_first_to_go(tmp_path, artifacts):
+    stray = tmp_path / "cache" / "0123456789abcdef"
+    stray.mkdir(parents=True)
+    (stray / "vectors.f16").write_bytes(b"x" * 1000)
+    open_uri(artifacts[0], SearchConfig(cache_dir=str(tmp_path / "cache"), cache_size=1))
+    assert stray.name not in copies(tmp_path / "cache")
+    assert len(copies(tmp_path / "cache")) == 2
+
+
 def test_sizes_of_a_folder_that_another_process_removes_are_none(tmp_path):
     assert _size(tmp_path / "gone") == 0
