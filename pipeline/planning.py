@@ -167,7 +167,8 @@ def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> C
         raise ConfigError(f"compute.scratch: {scratch}: no such folder; make it or unset it")
     with tempfile.TemporaryDirectory(prefix="vecmill-plan-", dir=scratch) as folder:
         storage = Storage(folder)
-        records = [ingest_unit(unit, job.config, _splitter(job), storage) for unit in units]
+        splitter = _splitter(job)
+        records = [ingest_unit(unit, job.config, splitter, storage) for unit in units]
         deletes = identify_files(deletes_config(job.config)).chosen if corpus.deletes else ()
         keys = deleted_keys(read_ids(deletes, corpus, job.config.store))
         found = resolve(storage, [records], keys, appended=corpus.mode == "append")
