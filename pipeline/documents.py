@@ -14,8 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import layout
-from pipeline.corpus import RejectedRow, text_head
-from pipeline.fingerprint import sha256
+from pipeline.corpus import RejectedRow, SourceDocument, rejected_document
 from pipeline.ingestion import DOCUMENT_SCHEMA
 from pipeline.manifest import DataFile, Record
 from pipeline.passages import passage_key
@@ -179,6 +178,5 @@ def count_passages(counts: dict[str, int], masked: Any) -> None:
 
 def _conflict(row: Mapping[str, Any]) -> RejectedRow:
     message = f"id {row['doc_id'][:80]!r} stands for several texts; give every document an id of its own"
-    text = row["text"].encode()
-    where = (row["source_uri"], row["source_row"], row["doc_id"])
-    return RejectedRow(*where, "E_DUP_ID", message, sha256(text), text_head(text))
+    document = SourceDocument(row["doc_id"], row["text"], None, row["source_uri"], row["source_row"])
+    return rejected_document(document, "E_DUP_ID", message)
