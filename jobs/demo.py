@@ -16,6 +16,8 @@ corpus:
   uri: {folder}/docstrings.jsonl
   title: title
   metadata: [kind]
+index:
+  lexical: true
 """
 QUERIES = (
     "remove duplicate lines while keeping order",
@@ -35,7 +37,7 @@ def demo(
 ) -> None:
     """Index the docstrings of the Python standard library with all-MiniLM-L6-v2 and search them."""
     from pipeline import run
-    from pipeline.live import open_live
+    from pipeline.client import open_root
 
     documents = write_corpus(folder / "docstrings.jsonl")
     file = folder / "demo.yaml"
@@ -45,11 +47,8 @@ def demo(
     settings = load_config(file)
     with progress(quiet=quiet) as say:
         run.reindex(settings, say=say)
-    opened = open_live(settings)
-    from pipeline.encoder import load_query_encoder
-
-    vectors = load_query_encoder(opened.spec).encode_queries(QUERIES)
-    for query, hits in zip(QUERIES, opened.searcher.search(vectors, 3), strict=True):
+    asked = open_root(settings)
+    for query in QUERIES:
         results.print(f"\n[bold]{query}")
-        results.print(hit_table(hits))
+        results.print(hit_table(asked.search(query, 3)))
     results.print(f'\nSearch it yourself: vecmill search -c {file} "your words"')

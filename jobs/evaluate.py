@@ -22,17 +22,15 @@ def evaluate(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure nDCG@10, MRR@10 and recall@100 of the live artifact, for the index and for exact search."""
-    from pipeline.evaluation import encode_queries, labelled, read_qrels
+    """Measure nDCG@10, MRR@10 and recall@100 of the live artifact, for every way it can be searched."""
+    from pipeline.evaluation import labelled
 
     settings = load_config(config, tuple(overrides or ()))
     queries, qrels = queries or settings.evaluation.queries, qrels or settings.evaluation.qrels
     if queries is None or qrels is None:
         raise ConfigError("evaluate: give --queries and --qrels, or set evaluation.queries and evaluation.qrels")
     opened = open_live(settings)
-    judged = read_qrels(qrels, settings.store)
-    vectors = encode_queries(opened.spec, queries, settings.store, only=judged.keys())
-    metrics = labelled(opened.searcher, vectors, judged)
+    metrics = labelled(opened.searcher, opened.spec, queries, qrels, settings.store)
     if as_json:
         print_json(metrics)
         return

@@ -2,19 +2,17 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.config import Config
+from pipeline.client import Artifact, open_artifact, open_root
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.live import Opened, open_live, open_uri, query_spec
-from pipeline.operating import pick
-from pipeline.searcher import Hit
+from pipeline.searcher import Hit, Mode
 
 MIN_TEXT_CHARS = 20
 ID_CHARS = 48
@@ -38,37 +36,35 @@ def search(
     latency: Annotated[
         str | None, typer.Option("--latency", help="The best measured settings within a time per query: 2ms")
     ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="dense (vectors), lexical (BM25) or hybrid; default search.mode")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--filter", help='Documents by metadata: {"type": "eq", "key": "kind", "value": "class"}')
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Search the live artifact: rank, score (cosine), document, text head, source."""
-    settings, opened = open_artifact(config, overrides, artifact)
-    if not query.strip():
-        raise ConfigError("search: the query is empty; give a text")
-    if recall is not None or latency is not None:
-        points = opened.manifest.evaluation.points
-        opened.searcher.point = pick(points, recall=recall, latency_ms=_milliseconds(latency))
-    from pipeline.encoder import load_query_encoder
-
-    vectors = load_query_encoder(query_spec(opened, settings)).encode_queries([query])
-    hits = opened.searcher.search(vectors, k or (settings.search.k if settings else 10))[0]
+    """Search the live artifact: rank, score, document, text head, source."""
+    if mode not in {None, *get_args(Mode)}:
+        raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
+    asked = open_named(config, overrides, artifact)
+    how = {"mode": mode, "filter": only, "recall": recall, "latency_ms": _milliseconds(latency)}
+    hits = asked.search(query, k, **how)
     if as_json:
-        print_json({"query": query, "artifact": opened.manifest.version, "hits": [asdict(hit) for hit in hits]})
+        print_json({"query": query, "artifact": asked.version, "hits": [asdict(hit) for hit in hits]})
     else:
         results.print(hit_table(hits))
 
 
-def open_artifact(config: str | None, overrides: list[str] | None, artifact: str | None) -> tuple[Config | None, Opened]:
+def open_named(config: str | None, overrides: list[str] | None, artifact: str | None) -> Artifact:
     """The artifact that the options name: ``--artifact``, else the live one of the config."""
     settings = load_config(config, tuple(overrides or ())) if config else None
     if artifact is not None:
-        if settings is None:
-            return None, open_uri(artifact)
-        trusted = settings.encoder.trust_remote_code
-        return settings, open_uri(artifact, settings.search, settings.store, trust_remote_code=trusted)
+        return open_artifact(artifact, settings)
     if settings is None:
         raise ConfigError(NOTHING_NAMED)
-    return settings, open_live(settings)
+    return open_root(settings)
 
 
 def hit_table(hits: list[Hit]) -> Table:

@@ -46,7 +46,7 @@ def verify(storage: Storage, folder: str) -> ArtifactManifest:
         raise VerificationError(f"{storage.at(folder)}: no {MANIFEST}, so no artifact; check the path") from error
     for name, expected in manifest.all_files.items():
         verify_file(storage, f"{folder}/{name}".lstrip("/"), expected)
-    found = {path.rpartition("/")[2] for path in storage.list(folder)}
+    found = {file.path.removeprefix(f"{folder}/") for file in storage.walk(folder)}
     if strangers := found - set(manifest.all_files) - {MANIFEST}:
         raise VerificationError(f"{storage.at(folder)}/{min(strangers)}: not in the manifest; remove it")
     return manifest

@@ -106,8 +106,8 @@ def _size(folder: Path) -> int:
 
 def _stat_sizes(folder: Path) -> Iterator[int]:
     with contextlib.suppress(FileNotFoundError):  # another process removes it
-        for file in folder.iterdir():
-            yield file.stat().st_size
+        for file in folder.rglob("*"):
+            yield file.stat().st_size if file.is_file() else 0
 
 
 def _last_use(lock: Path) -> float:

@@ -42,7 +42,9 @@ class CorpusConfig(Section):
     title: str | None = Field(
         None, description='Column put before the text (title + " " + text); default: title in BEIR, else none'
     )
-    metadata: tuple[str, ...] = Field((), description="Columns kept beside each document and returned by search")
+    metadata: tuple[str, ...] = Field(
+        (), description="Columns kept beside each document, returned by search and asked for by its filters"
+    )
     mode: Literal["full", "append"] = Field(
         "full",
         description="full: the files are the whole corpus, what is gone from them is gone from the index; append: they only "
@@ -138,6 +140,8 @@ class IndexConfig(Section):
         description="What candidates are scored again from, on disk; int8 needs half the page cache, none no vectors at all "
         "(the index's own scores then: a third fewer neighbours found)",
     )
+    lexical: bool = Field(False, description="A BM25 index beside the vectors, for lexical and hybrid search")
+    language: str = Field("english", description="Stop words and stemmer (Snowball) of the BM25 index; none: words as they are")
     train_vectors: int | None = Field(
         None, ge=1, description="Training sample; default: 64 per list, at least 65,536, at most the corpus"
     )
@@ -179,6 +183,13 @@ class SearchConfig(Section):
     """How the live artifact answers."""
 
     k: int = Field(10, ge=1, le=10_000, description="Documents per query")
+    mode: Literal["dense", "lexical", "hybrid"] = Field(
+        "dense", description="By vectors, by words (BM25), or both fused; the latter two need index.lexical"
+    )
+    fusion: Literal["rrf", "weighted"] = Field(
+        "rrf", description="How hybrid joins the two: by ranks (reciprocal rank fusion) or by scores scaled to 0..1"
+    )
+    dense_weight: float = Field(0.5, ge=0, le=1, description="Share of the vectors in hybrid, the rest is of the words")
     nprobe: int | None = Field(None, ge=1, description="Lists visited; default: the measured point of the artifact")
     rescore: int | None = Field(
         None, ge=0, description="Candidates per asked neighbour re-scored exactly, 0 for none; default: the measured point"

@@ -25,6 +25,7 @@ ROW_GROUP_ROWS = 512
 """Rows read to show one hit."""
 FILE_ROWS = 1 << 20
 OPEN_FILES = 64
+BATCH_ROWS = 1 << 13
 
 SCHEMA = pa.schema(
     [
@@ -96,9 +97,18 @@ class Documents:
         for file, mapped in zip(self._files, self._maps, strict=True):
             first = 0
             parquet = pq.ParquetFile(pa.BufferReader(mapped), page_checksum_verification=True)
-            for batch in parquet.iter_batches(columns=list(columns)):
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=list(columns)):
                 yield file.name, first, batch
                 first += len(batch)
+
+    def texts(self) -> Iterator[list[str]]:
+        """The text of each ordinal, in order, some at a time."""
+        last = -1
+        for _, _, batch in self.batches(["ordinal", "text"]):
+            ordinals = batch.column("ordinal").to_numpy()
+            is_new = np.diff(ordinals, prepend=last) > 0
+            yield batch.column("text").filter(pa.array(is_new)).to_pylist()
+            last = ordinals[-1]
 
     def passages_of(self, doc_id: str) -> dict[int, int]:
         """Ordinal of each passage of a document, by passage number; reads the ids of all documents."""

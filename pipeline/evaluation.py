@@ -7,15 +7,13 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 
 import ir_measures
-import numpy as np
-import numpy.typing as npt
 from ir_measures import RR, R, nDCG
 
 from pipeline.config import StoreConfig
 from pipeline.errors import ConfigError
 from pipeline.model import EncoderSpec
 from pipeline.recall import Matrix
-from pipeline.searcher import Searcher
+from pipeline.searcher import Ask, Queries, Searcher, documents
 from pipeline.storage import Storage
 
 LABELLED_DEPTH = 100
@@ -72,29 +70,40 @@ def _read_text(uri: str, store: StoreConfig) -> str:
 
 
 def labelled(
-    searcher: Searcher, queries: Mapping[str, Matrix], qrels: Mapping[str, Mapping[str, int]]
+    searcher: Searcher, spec: EncoderSpec, queries: str, qrels: str, store: StoreConfig
 ) -> dict[str, dict[str, float]]:
-    """Metrics of exact search and of the index, for judged queries given as (dim,) unit vectors.
+    """Metrics of exact search and of the index; of BM25 and of both fused too, where the artifact has it.
 
-    Passages are rolled up to documents by their best score, equal texts to all their doc_ids, before the cut.
+    ``queries``, ``qrels``: URIs. Passages are rolled up to documents by their best score, equal texts to all their doc_ids,
+    before the cut.
     """
-    ranked: dict[str, dict[str, list[str]]] = {"exact": {}, "index": {}}
-    names = sorted(qrels.keys() & queries.keys())
-    vectors = np.stack([queries[name] for name in names])
-    for kind, found in ranked.items():
-        answers = searcher.search(vectors, LABELLED_DEPTH, exact=kind == "exact")
-        found.update({name: [hit.doc_id for hit in hits] for name, hits in zip(names, answers, strict=True)})
-    return {kind: ir_metrics(qrels, found) for kind, found in ranked.items()}
+    judgements = read_qrels(qrels, store)
+    texts = _chosen_queries(queries, store, judgements.keys())
+    asked = Queries(_encoded(spec, list(texts.values())), list(texts.values()))
+    asks = {"exact": Ask(LABELLED_DEPTH, exact=True), "index": Ask(LABELLED_DEPTH)}
+    if searcher.lexical:
+        asks |= {"lexical": Ask(LABELLED_DEPTH, mode="lexical"), "hybrid": Ask(LABELLED_DEPTH, mode="hybrid")}
+    metrics = {}
+    for kind, ask in asks.items():
+        answers = zip(texts, searcher.ask(asked, ask), strict=True)
+        ranked = {name: [hit.doc_id for hit in documents(found)[:LABELLED_DEPTH]] for name, found in answers}
+        metrics[kind] = ir_metrics(judgements, ranked)
+    return metrics
 
 
-def encode_queries(
-    spec: EncoderSpec, uri: str, store: StoreConfig, only: Collection[str] | None = None
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Read and encode a query file on this machine: query id -> (dim,). ``only``: leave out other ids."""
-    from pipeline.encoder import load_query_encoder
+def encode_queries(spec: EncoderSpec, uri: str, store: StoreConfig) -> Matrix:
+    """Read and encode a query file on this machine: (q, dim) unit vectors."""
+    return _encoded(spec, list(_chosen_queries(uri, store, None).values()))
 
+
+def _chosen_queries(uri: str, store: StoreConfig, only: Collection[str] | None) -> dict[str, str]:
     queries = {name: text for name, text in read_queries(uri, store).items() if only is None or name in only}
     if not queries:
         raise ConfigError(f"{uri}: no query that is judged; check queries and qrels")
-    vectors = load_query_encoder(spec).encode_queries(list(queries.values()))
-    return dict(zip(queries, vectors, strict=True))
+    return queries
+
+
+def _encoded(spec: EncoderSpec, texts: list[str]) -> Matrix:
+    from pipeline.encoder import load_query_encoder
+
+    return load_query_encoder(spec).encode_queries(texts)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pipeline.clustering import Assigner, Matrix, train_centroids
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.index_plan import IndexPlan, Kind
+from pipeline.index_plan import PACKED, IndexPlan, Kind
 
 Codes = npt.NDArray[np.uint8]
 Ordinals = npt.NDArray[np.int64]
@@ -180,7 +180,7 @@ def _empty(plan: IndexPlan, centroids: Matrix) -> Any:
 
 def _packed(index: Any, kind: Kind) -> Any:
     """The form that is searched: codes of fast-scan kinds in blocks for SIMD. Takes over what ``index`` owns."""
-    if kind not in {"ivfpqfs", "ivfrabitq"}:
+    if kind not in PACKED:
         return index
     plain = faiss.downcast_index(faiss.extract_index_ivf(index))
     packed = faiss.IndexIVFPQFastScan(plain) if kind == "ivfpqfs" else faiss.IndexIVFRaBitQFastScan(plain)

@@ -32,18 +32,30 @@ class Parts:
         self.lists = int(self._ivfs[0].nlist) if self._ivfs and self._ivfs[0] is not None else 0
         """Inverted lists; 0 for an index without."""
 
-    def search(self, queries: Matrix, k: int, nprobe: int) -> tuple[Matrix, Ordinals]:
-        """Scores and ordinals, (q, k) each, best first; ordinal -1 pads. ``nprobe`` means nothing without lists."""
+    @property
+    def can_select(self) -> bool:
+        """Whether a search can be held to some ordinals: FAISS has that for inverted lists and flat indexes, not for all."""
+        flat = (isinstance(part, faiss.IndexFlat) for part, _ in self._parts)
+        return bool(self.lists) or all(flat)
+
+    def search(
+        self, queries: Matrix, k: int, nprobe: int, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[Matrix, Ordinals]:
+        """Scores and ordinals, (q, k) each, best first; ordinal -1 pads. ``nprobe`` means nothing without lists.
+
+        ``allowed``: (n,) by ordinal, what may be found; only where ``can_select``.
+        """
         queries = np.ascontiguousarray(queries)
         if not self._parts:
             return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         probes = min(nprobe or self.lists, self.lists)
-        if len(self._parts) == 1:
-            found = self._search_one(queries, k, probes)
+        chosen = {} if allowed is None else {"sel": _selector(allowed)}
+        if len(self._parts) == 1 and self.lists:
+            found = self._search_one(queries, k, faiss.SearchParametersIVF(nprobe=probes, **chosen))
         elif self.lists:
-            found = self._search_lists(queries, k, probes)
+            found = self._search_lists(queries, k, faiss.SearchParametersIVF(nprobe=probes, **chosen))
         else:
-            found = _best([_shifted(part.search(queries, k), first) for part, first in self._parts], k)
+            found = _best([_shifted(_search_plain(*part, queries, k, allowed), part[1]) for part in self._parts], k)
         return found
 
     def list_sizes(self) -> list[int]:
@@ -67,20 +79,16 @@ class Parts:
             _read_codes(faiss.downcast_index(ivf), sample, codes)
         return times, codes
 
-    def _search_one(self, queries: Matrix, k: int, probes: int) -> tuple[Matrix, Ordinals]:
+    def _search_one(self, queries: Matrix, k: int, parameters: Any) -> tuple[Matrix, Ordinals]:
         index, _ = self._parts[0]
-        if not self.lists:
-            return cast(tuple[Matrix, Ordinals], index.search(queries, k))
-        parameters: Any = faiss.SearchParametersIVF(nprobe=probes)
         if isinstance(index, faiss.IndexPreTransform):
             parameters = faiss.SearchParametersPreTransform(index_params=parameters)
         return cast(tuple[Matrix, Ordinals], index.search(queries, k, params=parameters))
 
-    def _search_lists(self, queries: Matrix, k: int, probes: int) -> tuple[Matrix, Ordinals]:
+    def _search_lists(self, queries: Matrix, k: int, parameters: Any) -> tuple[Matrix, Ordinals]:
         """The near lists are the same in every part, so they are found once."""
         rotated = rotate(self._parts[0][0], queries)
-        scores, lists = self._ivfs[0].quantizer.search(rotated, probes)
-        parameters = faiss.SearchParametersIVF(nprobe=probes)
+        scores, lists = self._ivfs[0].quantizer.search(rotated, parameters.nprobe)
         found = []
         for ivf in self._ivfs:
             part = (np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64))
@@ -156,6 +164,20 @@ def _read_codes(ivf: Any, sample: Ordinals, codes: Codes) -> None:
             row = codes[rows[offset]]
             row[:wide], row[wide:] = np.frombuffer(number.to_bytes(wide, "little"), dtype=np.uint8), code
         lists.release_codes(number, pointer)
+
+
+def _search_plain(
+    index: Any, first: int, queries: Matrix, k: int, allowed: npt.NDArray[np.bool_] | None
+) -> tuple[Matrix, Ordinals]:
+    """An index without lists, whose ids are rows; ``allowed`` is by ordinal, so of all parts."""
+    chosen = None if allowed is None else allowed[first : first + index.ntotal]
+    parameters = None if chosen is None else faiss.SearchParameters(sel=_selector(chosen))
+    return cast(tuple[Matrix, Ordinals], index.search(queries, k, params=parameters))
+
+
+def _selector(allowed: npt.NDArray[np.bool_] | None) -> Any:
+    """FAISS's selector of ids; it keeps the bits that it points to."""
+    return None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
 
 
 def _shifted(found: tuple[Matrix, Ordinals], first: int) -> tuple[Matrix, Ordinals]:

@@ -10,6 +10,8 @@ from pipeline.errors import ConfigError
 
 Kind = Literal["flat", "ivfpq", "ivfpqfs", "ivfrabitq", "ivfsq8", "factory"]
 
+PACKED: frozenset[Kind] = frozenset({"ivfpqfs", "ivfrabitq"})
+"""Kinds whose codes are packed in blocks for SIMD once all are there."""
 MIN_PER_CENTROID = 39
 """FAISS warns below so many training vectors per centroid (ClusteringParameters.min_points_per_centroid)."""
 TRAIN_PER_LIST = 64
@@ -98,7 +100,7 @@ def index_bytes(plan: IndexPlan, passages: int, dim: int) -> int:
     if not is_coded(plan.kind):
         return 4 * dim * passages
     entry = code_bytes(plan.kind, dim, plan.m, plan.nbits) + ID_BYTES
-    blocks = plan.nlist * FAST_SCAN_BLOCK // 2 if plan.kind in {"ivfpqfs", "ivfrabitq"} else 0
+    blocks = plan.nlist * FAST_SCAN_BLOCK // 2 if plan.kind in PACKED else 0
     return (passages + blocks) * entry + 4 * dim * (plan.nlist + (1 << plan.nbits))
 
 

@@ -74,7 +74,7 @@ def train(job: Job, plan: IndexPlan, live: Keys) -> tuple[TrainedManifest, bool]
 
 def index_request(config: Config) -> dict[str, Any]:
     """The part of the config that decides what is trained."""
-    return config.index.model_dump(mode="json", exclude={"target_recall", "partitions", "rescore"})
+    return config.index.model_dump(mode="json", exclude={"target_recall", "partitions", "rescore", "lexical", "language"})
 
 
 def may_reuse(trained: TrainedManifest, plan: IndexPlan, job: Job, passages: int) -> bool:
@@ -182,15 +182,13 @@ def _queries(job: Job, vectors: Vectors, live: Keys) -> tuple[recall.Matrix, rec
         return vectors[own].astype(np.float32), own
     from pipeline.evaluation import encode_queries
 
-    encoded = encode_queries(job.spec, settings.queries, job.config.store)
-    return np.stack(list(encoded.values())), None
+    return encode_queries(job.spec, settings.queries, job.config.store), None
 
 
 def _labelled(job: Job, merged: Merged, point: OperatingPoint) -> dict[str, dict[str, float]]:
-    from pipeline.evaluation import encode_queries, labelled, read_qrels
+    from pipeline.evaluation import labelled
 
     settings = job.config.evaluation
-    qrels = read_qrels(settings.qrels or "", job.config.store)
     with local_files(job, merged) as folder:
-        queries = encode_queries(job.spec, settings.queries or "", job.config.store, only=qrels.keys())
-        return labelled(Searcher(folder, merged, point), queries, qrels)
+        searcher = Searcher(folder, merged, point)
+        return labelled(searcher, job.spec, settings.queries or "", settings.qrels or "", job.config.store)

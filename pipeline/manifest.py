@@ -168,7 +168,10 @@ class DocumentsFile(BaseModel):
 
 
 class Merged(Document):
-    """The data files of an artifact and the embedding shards in it, by unit name (``records``)."""
+    """The data files of an artifact and the embedding shards in it, by unit name (``records``).
+
+    ``lexical``: language of the BM25 index, None where there is none; ``columns``: metadata that filters can ask for.
+    """
 
     version: str
     dim: int
@@ -176,6 +179,8 @@ class Merged(Document):
     parts: tuple[IndexPart, ...]
     documents: tuple[DocumentsFile, ...]
     rescore: Rescore
+    lexical: str | None = None
+    columns: tuple[str, ...] = ()
     records: dict[str, str]
     counts: dict[str, int]
 

@@ -13,11 +13,14 @@ import pyarrow as pa
 
 from pipeline import artifact, index, layout
 from pipeline.config import Config
+from pipeline.document_files import Documents
 from pipeline.errors import ConfigError, StorageError, VerificationError
+from pipeline.filters import METADATA, write_metadata
 from pipeline.fingerprint import sha256
 from pipeline.index_plan import ID_BYTES, MERGE_COPIES, code_bytes
 from pipeline.job import Job
-from pipeline.key_merge import LIBRARY_BYTES, Sources, merge_rows
+from pipeline.key_merge import LIBRARY_BYTES, Counts, Sources, merge_rows
+from pipeline.lexical import write_lexical
 from pipeline.manifest import IndexPart, Merged, MergeRecord, TrainedManifest, to_bytes
 from pipeline.memory import peak_memory
 from pipeline.recall import Ordinals
@@ -53,6 +56,7 @@ def merge(sources: Sources, version: str) -> MergeRecord:
         if rescore == "int8":
             write_int8(vectors, folder / INT8)
             lengths[INT8] = counted.passages
+        lengths |= _searched_by_words(job, counted, folder)
         index_started = time.perf_counter()
         index_parts = _write_index(sources, vectors, codes, folder)
         index_s = time.perf_counter() - index_started
@@ -67,6 +71,8 @@ def merge(sources: Sources, version: str) -> MergeRecord:
         parts=index_parts,
         documents=tuple(counted.documents),
         rescore=rescore,
+        lexical=job.config.index.language if job.config.index.lexical else None,
+        columns=job.config.corpus.metadata,
         records=counted.records,
         counts={
             "passages": counted.passages,
@@ -80,6 +86,20 @@ def merge(sources: Sources, version: str) -> MergeRecord:
     )
     job.storage.put(layout.run(job.run_id, "merge.json"), to_bytes(record))
     return record
+
+
+def _searched_by_words(job: Job, counted: Counts, folder: Path) -> dict[str, int]:
+    """Write what BM25 and filters need, from the documents just written; returns the files with their rows."""
+    documents, columns = Documents(folder, counted.documents), job.config.corpus.metadata
+    files: dict[str, int] = {}
+    if job.config.index.lexical:
+        names = write_lexical(documents.texts(), job.config.index.language, folder)
+        files |= dict.fromkeys(names, counted.passages)
+    if columns:
+        rows = (batch for _, _, batch in documents.batches(["ordinal", "metadata"]))
+        write_metadata(rows, columns, folder / METADATA)
+        files[METADATA] = counted.document_rows
+    return files
 
 
 @contextlib.contextmanager

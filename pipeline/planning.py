@@ -36,7 +36,9 @@ from pipeline.units import IngestUnit, count_done, deletes_config, identify_file
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
-CALIBRATION_PASSAGES = 96
+CALIBRATION_PASSAGES = 2048
+CALIBRATION_S = 5.0
+WARM_UP_PASSAGES = 64
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float], *, full: bo
     rate = learned_rate(job, machine_name(job.config.compute.cpus_per_encoder or cpu_threads()))
     if rate is None:
         places = np.linspace(0, len(counted.texts) - 1, min(len(counted.texts), CALIBRATION_PASSAGES)).astype(int)
-        rate = Rate(calibrate([counted.texts[place] for place in places]), f"{len(places)} passages encoded just now")
+        rate = Rate(calibrate([counted.texts[place] for place in places]), "passages encoded just now")
     plan = choose(job.config.index, counted.distinct, job.spec.dim)
     made = sizes(plan, counted.distinct, job.spec.dim, counted.document_bytes, job.config.compute.merge_memory)
     return Plan(
@@ -176,7 +178,7 @@ def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> C
         made = parts(storage, snapshot)
         counts, distinct = snapshot.counts, len(live_keys(storage, made))
         texts = read_columns(storage, layout.PASSAGES, made[0].file, ["text"]).column("text") if made else ()
-        chosen = [str(text) for text in texts[: 10 * CALIBRATION_PASSAGES]]
+        chosen = [str(text) for text in texts[: 2 * CALIBRATION_PASSAGES]]
         document_bytes = sum(part.file.size_bytes for part in made)
     if not counts["documents"]:
         raise DataError(f"{corpus.uri}: no document in {counts['rows']} rows; run vecmill validate")
@@ -194,14 +196,21 @@ def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> C
 
 
 def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
-    """Tokens per second of this machine on ``texts``, after a warm-up."""
+    """Tokens per second of this machine on ``texts``, after a warm-up, on so many of them as take about five seconds."""
     from pipeline.encoder import Encoder  # loads a model
 
     encoder = Encoder(spec)
     tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
-    encoder.encode_tokens(tokens[: len(tokens) // 4], prompt=spec.document_prompt)
-    started = time.perf_counter()
-    return encoder.encode_tokens(tokens, prompt=spec.document_prompt).tokens / (time.perf_counter() - started)
+
+    def measured(count: int) -> tuple[float, float]:
+        started = time.perf_counter()
+        found = encoder.encode_tokens(tokens[:count], prompt=spec.document_prompt)
+        seconds = time.perf_counter() - started
+        return found.tokens / seconds, count / seconds
+
+    measured(WARM_UP_PASSAGES)
+    _, passages_per_s = measured(WARM_UP_PASSAGES)
+    return measured(max(WARM_UP_PASSAGES, round(CALIBRATION_S * passages_per_s)))[0]
 
 
 def _splitter(job: Job) -> Splitter:

@@ -28,6 +28,7 @@ from pipeline.manifest import (
 from pipeline.storage import Storage
 
 VERSIONED = (
+    "bm25s",
     "faiss-cpu",
     "faiss-gpu",
     "numpy",
@@ -43,10 +44,11 @@ VERSIONED = (
 def content_name(job: Job, coverage: Coverage, trained: TrainedManifest) -> str:
     """Identity of what an artifact holds: equal for equal corpus, encoders and index."""
     form = job.config.index.model_dump(mode="json", include={"partitions", "rescore"})
+    form["lexical"] = job.config.index.language if job.config.index.lexical else None
     what = {"snapshot": coverage.snapshot.snapshot, "trained": trained.trained, "encoder": job.spec.fingerprint}
     what["left_out"] = sha256(coverage.left_out.tobytes())
     what["queries"] = fingerprint({"space": job.spec.query_space, "prompt": job.spec.query_prompt})
-    return fingerprint({"artifact": 2, "form": form, **what})
+    return fingerprint({"artifact": 3, "form": form, **what})
 
 
 def usable_live(job: Job) -> ArtifactManifest | None:

@@ -179,6 +179,7 @@ class Storage:
     def fetch(self, path: str, local: Path) -> None:
         """Copy an object to a local file."""
         with self.explained("fetch", path):
+            local.parent.mkdir(parents=True, exist_ok=True)
             self.fs.get_file(self.at(path), str(local))
 
     def _write_temporary(self, path: str, data: bytes) -> Path:

@@ -28,6 +28,8 @@ DOORS = {
     "matplotlib": {"report"},
     "markupsafe": {"report"},
     "cronsim": {"schedule"},
+    "bm25s": {"lexical"},
+    "Stemmer": {"lexical"},
 }
 SIDE_DOORS = {("ray", "jobs/submit.py")}
 """Files beside the door of a library: a client of a cluster's job API runs nothing."""

@@ -79,6 +79,24 @@ def test_parts_answer_as_one(tmp_path, vectors, trained):
     for nprobe in (1, 8, 64):
         same_answers(parts.search(queries, 10, nprobe), whole.search(queries, 10, nprobe))
     assert parts.lists == whole.lists == 64
+    allowed = np.arange(len(vectors)) % 10 == 0
+    for nprobe in (8, 64):
+        same_answers(parts.search(queries, 10, nprobe, allowed), whole.search(queries, 10, nprobe, allowed))
+
+
+def test_a_search_among_some_finds_the_best_of_those(tmp_path, vectors, trained):
+    kind, data = trained
+    codes = index.Trained(data).encode(vectors, "shard")
+    whole = opened(tmp_path, index.merge(data, kind, [(codes, np.arange(len(vectors)))]), len(vectors))
+    allowed = np.random.default_rng(5).random(len(vectors)) < 0.1
+    queries = unit_vectors(50, seed=9)
+    assert whole.can_select
+    scores, ids = whole.search(queries, 10, 64, allowed)
+    assert allowed[ids].all()
+    every_score, every = whole.search(queries, 4000, 64)
+    for row in range(len(queries)):
+        places = np.flatnonzero(allowed[every[row]])[:10]
+        assert scores[row] == pytest.approx(every_score[row][places], abs=2e-2 if kind in {"ivfpqfs", "ivfrabitq"} else 1e-5)
 
 
 def test_flat_parts_answer_as_one(tmp_path, vectors):
@@ -88,6 +106,10 @@ def test_flat_parts_answer_as_one(tmp_path, vectors):
         index.write(index.build(None, halves, range(first, end)), tmp_path / f"{first}.faiss")
         files.append((tmp_path / f"{first}.faiss", first, end - first))
     whole = opened(tmp_path, index.build(None, halves, range(500)), 500)
+    allowed = np.arange(500) % 7 == 0
+    found = index_parts.Parts(files, 64).search(unit_vectors(20, seed=9), 10, 0, allowed)
+    assert allowed[found[1]].all()
+    same_answers(found, whole.search(unit_vectors(20, seed=9), 10, 0, allowed))
     for k in (10, 600):  # more than there are
         scores, ids = index_parts.Parts(files, 64).search(vectors[:20], k, 0)
         expected_scores, expected = whole.search(vectors[:20], k, 0)

@@ -17,7 +17,7 @@ class PartialIndex:
     def __init__(self, vectors):
         self.vectors = vectors
 
-    def search(self, queries, k, nprobe):
+    def search(self, queries, k, nprobe, allowed=None):
         noisy = queries + 0.02 * unit_vectors(len(queries), seed=5)
         return recall.exact_search(self.vectors[: 1000 * nprobe], noisy, k)
 

@@ -52,7 +52,7 @@ def config(tmp_path_factory, short_tmp):
     """A root with two artifacts, whose texts name their generation; the second is live."""
     folder = tmp_path_factory.mktemp("service")
     start_ray(short_tmp)
-    made = make_config(folder / "root", folder / "corpus", corpus={"metadata": ["topic"]}, serve=SERVE)
+    made = make_config(folder / "root", folder / "corpus", corpus={"metadata": ["topic"]}, index={"lexical": True}, serve=SERVE)
     for generation in ("one", "two"):
         write_jsonl(folder / "corpus" / "a.jsonl", corpus(generation))
         assert reindex(made).committed
@@ -143,7 +143,7 @@ def test_a_text_comes_with_all_its_documents(client):
     (result,) = ask(client, queries=["igneous rock"], k=2, include=[])["results"]
     first = result["hits"][0]
     assert first["doc_ids"] == ["same/0", "same/1", "same/2"]
-    assert set(first) == {"rank", "score", "doc_ids", "documents"}
+    assert set(first) == {"rank", "score", "scores", "doc_ids", "documents"}
     assert [set(document) for document in first["documents"]] == [{"id", "passage"}] * 3
     assert len(result["hits"]) == 2
 
@@ -153,6 +153,69 @@ def test_targets_choose_among_the_measured_settings(client):
     answer = client.post("/search", json={"queries": "a comet", "latency_ms": 1e-9})
     assert answer.status_code == 422
     assert answer.json()["error"]["param"] == "latency_ms"
+
+
+def test_by_words_by_vectors_and_both(client):
+    query = "Interest rates in March"
+    answers = {mode: ask(client, queries=query, mode=mode, k=64) for mode in ("dense", "lexical", "hybrid")}
+    found = {mode: answer["results"][0]["hits"] for mode, answer in answers.items()}
+    assert set(answers["lexical"]["took_ms"]) == {"search", "total"}
+    for mode, hits in found.items():
+        assert hits[0]["doc_ids"] == ["rates"]
+        assert all(hit["score"] == hit["scores"][mode] for hit in hits)
+        assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    assert len(found["lexical"]) == 1  # no other text has a word of the query but stop words
+    assert len(found["dense"]) == len(found["hybrid"]) == 62
+    assert set(found["hybrid"][0]["scores"]) == {"dense", "lexical", "hybrid"}
+    assert found["hybrid"][0]["scores"]["hybrid"] == pytest.approx(1 / 61)
+    assert found["hybrid"][1]["scores"]["hybrid"] == pytest.approx(0.5 / 62)
+    by_dense = {hit["text"]: hit["score"] for hit in found["dense"]}
+    assert all(hit["scores"]["dense"] == pytest.approx(by_dense[hit["text"]], abs=1e-6) for hit in found["hybrid"])
+    assert ask(client, queries=["zzz qqq", query], mode="lexical")["results"][0]["hits"] == []
+
+
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_only_what_passes_a_filter_is_found(client, mode):
+    query = "Note about the harbour and granite, an igneous rock"
+    everything = ask(client, queries=query, mode=mode, k=64)["results"][0]["hits"]
+    topics = {document["id"]: document["metadata"]["topic"] for hit in everything for document in hit["documents"]}
+    assert len(set(topics.values())) > 5
+    for wanted, passes in (
+        ({"type": "eq", "key": "topic", "value": "3"}, lambda topic: topic == "3"),
+        ({"type": "ne", "key": "topic", "value": "3"}, lambda topic: topic != "3"),
+        ({"type": "gte", "key": "topic", "value": "5"}, lambda topic: topic is not None and topic >= "5"),
+        ({"type": "eq", "key": "topic", "value": 3}, lambda topic: False),
+    ):
+        found = ask(client, queries=query, mode=mode, k=64, filter=wanted)["results"][0]["hits"]
+        expected = [doc for hit in everything for doc in hit["doc_ids"] if passes(topics[doc])]
+        if mode == "hybrid":
+            assert sorted(doc for hit in found for doc in hit["doc_ids"]) == sorted(expected)
+        else:
+            assert [doc for hit in found for doc in hit["doc_ids"]] == expected
+
+
+def test_every_passage_or_each_document_once(client, config):
+    assert ask(client, queries="harbour", group="passage")["results"][0]["hits"]
+    longer = ask(client, queries="harbour", group="passage", k=64)["results"][0]["hits"]
+    assert len(longer) == 62
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"queries": "a", "mode": "sparse"}, "mode"),
+        ({"vectors": [[1.0] * 384], "mode": "lexical"}, "mode"),
+        ({"vectors": [[1.0] * 384], "mode": "hybrid"}, "mode"),
+        ({"queries": "a", "filter": {"type": "eq", "key": "colour", "value": 1}}, "filter"),
+        ({"queries": "a", "filter": {"type": "eq", "key": "topic"}}, "filter"),
+        ({"queries": "a", "filter": {"type": "gt", "key": "topic", "value": True}}, "filter"),
+        ({"queries": "a", "group": "author"}, "group"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_refused(client, body, param):
+    answer = client.post("/search", json=body)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["param"] == param
 
 
 def test_similar_leaves_out_the_document_itself(client):

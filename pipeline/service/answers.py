@@ -3,15 +3,15 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline.batching import Vectors
+from pipeline.errors import ConfigError
 from pipeline.exposition import Meters
-from pipeline.manifest import OperatingPoint
 from pipeline.metrics import SEARCH_LATENCY
-from pipeline.searcher import FoundText, Hit
+from pipeline.searcher import Ask, FoundText, Hit, Queries
 from pipeline.service.following import Served
 from pipeline.service.refusals import RefusedError, wrong
 from pipeline.service.schemas import DocumentOfHit, HitOut, Include, Result, SearchResponse, Source
@@ -26,8 +26,7 @@ class Asked:
 
     served: Served
     model: str
-    k: int
-    point: OperatingPoint
+    ask: Ask
     include: frozenset[Include]
     started: float
     meters: Meters
@@ -49,10 +48,13 @@ class Asked:
         return response.model_dump_json(exclude_none=True).encode()
 
 
-def search(asked: Asked, vectors: Vectors, truncated: Sequence[int], took: dict[str, float]) -> bytes:
-    """The answers to unit vectors of queries."""
+def search(asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]) -> bytes:
+    """The answers to queries; RefusedError 422 for a filter that the artifact has no columns for."""
     began = time.perf_counter()
-    found = asked.served.opened.searcher.texts(vectors, asked.k, asked.point)
+    try:
+        found = asked.served.opened.searcher.ask(queries, asked.ask)
+    except ConfigError as error:
+        raise wrong("filter", str(error).removeprefix("filter: ")) from error
     return asked.answer(found, truncated, took | {"search": time.perf_counter() - began})
 
 
@@ -65,7 +67,7 @@ def similar(asked: Asked, doc_id: str, passage: int) -> bytes:
             404, "document_not_found", f"the index has no passage {passage} of a document with this id", "doc_id"
         )
     vector = gather(searcher.collection.vectors, np.array([ordinal]))
-    found = searcher.texts(vector, asked.k, asked.point, without=doc_id)
+    found = searcher.ask(Queries(vector), replace(asked.ask, without=doc_id))
     return asked.answer(found, (), {"search": time.perf_counter() - began})
 
 
@@ -73,6 +75,7 @@ def _hit(text: FoundText, include: frozenset[Include]) -> HitOut:
     return HitOut(
         rank=text.rank,
         score=text.score,
+        scores=text.scores,
         doc_ids=[hit.doc_id for hit in text.documents],
         text=text.text if "text" in include else None,
         documents=[_document(hit, include) for hit in text.documents[:SHOWN_DOCUMENTS]],

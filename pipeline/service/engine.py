@@ -17,6 +17,7 @@ from pipeline.exposition import Meters
 from pipeline.live import open_uri, query_spec
 from pipeline.metrics import SERVICE
 from pipeline.operating import pick
+from pipeline.searcher import Ask, Queries
 from pipeline.service import answers
 from pipeline.service.answers import Asked, unit
 from pipeline.service.following import Follower, fixed
@@ -34,13 +35,13 @@ class Engine:
     def __init__(self, config: Config | None, artifact: str | None = None) -> None:
         self.limits = config.serve if config else ServeConfig()
         self.meters = Meters(SERVICE)
-        self._k = min((config.search if config else SearchConfig()).k, self.limits.max_k)
+        self._search = config.search if config else SearchConfig()
         self._follower: Follower | None = None
         if artifact is not None:
-            search, store = (config.search, config.store) if config else (SearchConfig(), None)
+            store = config.store if config else None
             trusted = config is not None and config.encoder.trust_remote_code
-            opened = open_uri(artifact, search, store, trust_remote_code=trusted, verified=True)
-            self.current = fixed(opened, search, self.meters)
+            opened = open_uri(artifact, self._search, store, trust_remote_code=trusted, verified=True)
+            self.current = fixed(opened, self._search, self.meters)
         elif config is not None:
             self._follower = Follower(config, self.meters)
             self.current = self._follower.current
@@ -63,22 +64,25 @@ class Engine:
         """A SearchResponse as JSON."""
         asked = self._asked(request.k, request.include, request)
         texts, took = request.texts, {}
+        truncated: tuple[int, ...] = ()
         count = len(texts if texts is not None else request.vectors or ())
         self._check_count(count, "queries" if texts is not None else "vectors")
-        if count * asked.k > self.limits.max_hits:
-            raise wrong("k", f"{count} queries times k {asked.k} are more than {self.limits.max_hits} hits; ask for less")
-        truncated: tuple[int, ...] = ()
+        if count * asked.ask.k > self.limits.max_hits:
+            raise wrong("k", f"{count} queries times k {asked.ask.k} are more than {self.limits.max_hits} hits; ask for less")
         if texts is None:
-            vectors = unit(request.vectors or [], self.encoder.dim)
+            queries = Queries(unit(request.vectors or [], self.encoder.dim))
+        elif asked.ask.mode == "lexical":
+            self._check_texts(texts, "queries")
+            queries = Queries(texts=texts)
         else:
             encoded = await self._encoded(texts, "queries", asked.started)
-            vectors, truncated = encoded.vectors, encoded.truncated
+            queries, truncated = Queries(encoded.vectors, texts), encoded.truncated
             took = {"queue": encoded.queue_s, "encode": encoded.encode_s}
-        return await self._within(self._searches.submit(answers.search, asked, vectors, truncated, took), asked.started)
+        return await self._within(self._searches.submit(answers.search, asked, queries, truncated, took), asked.started)
 
     async def similar(self, doc_id: str, passage: int, k: int | None, include: Sequence[Include]) -> bytes:
         """A SearchResponse as JSON: what is near a passage of a document, less that document."""
-        asked = self._asked(k, include)
+        asked = self._asked(k, include, SearchRequest(vectors=[], mode="dense"))
         self._check_text(doc_id, "doc_id")
         return await self._within(self._searches.submit(answers.similar, asked, doc_id, passage), asked.started)
 
@@ -106,6 +110,9 @@ class Engine:
             max_tokens=served.opened.spec.max_tokens,
             passages=manifest.counts["passages"],
             documents=manifest.counts["documents"],
+            modes=["dense", "lexical", "hybrid"] if served.opened.searcher.lexical else ["dense"],
+            rerank=False,
+            columns=list(manifest.columns),
             recall=manifest.evaluation.recall,
             recall_k=manifest.evaluation.k,
             points=[point.model_dump() for point in manifest.evaluation.points],
@@ -115,24 +122,29 @@ class Engine:
             limits=limits | {"max_body_bytes": float(self.limits.max_body)},
         )
 
-    def _asked(self, k: int | None, include: Sequence[Include], request: SearchRequest | None = None) -> Asked:
+    def _asked(self, k: int | None, include: Sequence[Include], request: SearchRequest) -> Asked:
         """The request's frame: from here on it belongs to the artifact that serves now."""
         served = self.current.served
-        if (k := k or self._k) > self.limits.max_k:
+        if (k := k or min(self._search.k, self.limits.max_k)) > self.limits.max_k:
             raise wrong("k", f"k {k} is over the limit, {self.limits.max_k}; ask for less")
-        point = served.point
-        if request is not None and (request.recall is not None or request.latency_ms is not None):
+        point, searcher = served.point, served.opened.searcher
+        if request.recall is not None or request.latency_ms is not None:
             try:
                 points = served.opened.manifest.evaluation.points
                 point = pick(points, recall=request.recall, latency_ms=request.latency_ms)
             except ConfigError as error:
                 name = "recall" if request.recall is not None else "latency_ms"
                 raise wrong(name, str(error).removeprefix("--")) from error
-        return Asked(served, self.model, k, point, frozenset(include), time.perf_counter(), self.meters)
+        mode = request.mode or ("dense" if request.vectors is not None else self._search.mode)
+        if mode != "dense" and searcher.lexical is None:
+            raise wrong("mode", f"{mode} needs a lexical index, and this artifact has none: index.lexical in its config")
+        if mode != "dense" and request.vectors is not None:
+            raise wrong("mode", f"{mode} needs queries as texts, vectors have no words")
+        ask = Ask(k, point, mode, request.filter, request.group, None, self._search.fusion, self._search.dense_weight)
+        return Asked(served, self.model, ask, frozenset(include), time.perf_counter(), self.meters)
 
     async def _encoded(self, texts: Sequence[str], param: str, started: float) -> QueryVectors:
-        for text in texts:
-            self._check_text(text, param)
+        self._check_texts(texts, param)
         return await self._within(self.encoder.submit(texts), started)
 
     async def _within(self, future: "Future[Answer]", started: float) -> Answer:
@@ -146,6 +158,10 @@ class Engine:
     def _check_count(self, count: int, param: str) -> None:
         if not 1 <= count <= self.limits.max_queries:
             raise wrong(param, f"{count} given, 1 to {self.limits.max_queries} are answered at once")
+
+    def _check_texts(self, texts: Sequence[str], param: str) -> None:
+        for text in texts:
+            self._check_text(text, param)
 
     def _check_text(self, text: str, param: str) -> None:
         if not text.strip():

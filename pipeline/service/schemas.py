@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.filters import Filter
+from pipeline.searcher import Mode
+
 Include = Literal["text", "span", "metadata", "source"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL: tuple[Include, ...] = ("text", "span", "metadata", "source")
@@ -21,13 +24,26 @@ class Request(BaseModel):
 class SearchRequest(Request):
     """Texts, or vectors of the model that the index was made with."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"queries": "how central banks fight inflation", "k": 3}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"queries": "how central banks fight inflation", "k": 3},
+                {"queries": "inflation", "mode": "hybrid", "filter": {"type": "gte", "key": "year", "value": 2020}},
+            ]
+        }
+    )
     queries: str | list[str] | None = Field(None, description="One text or several")
     vectors: list[list[Finite]] | None = Field(None, description="Unit vectors instead; others are normalised")
     k: int | None = Field(None, ge=1, description="Texts per query; default: search.k of the config")
     recall: float | None = Field(None, ge=0, le=1, description="The fastest measured settings that find so much")
     latency_ms: float | None = Field(None, gt=0, description="The best measured settings within a time per query")
-    include: list[Include] = Field(list(ALL), description="What each hit shows beside rank, score and document ids")
+    mode: Mode | None = Field(None, description="By vectors, by words (BM25), or both; default: search.mode of the config")
+    rerank: bool = Field(False, description="Re-rank the best texts with the cross-encoder of search.reranker")
+    filter: Filter | None = Field(None, description="Only documents whose metadata passes, as in OpenAI's vector stores")
+    group: Literal["document", "passage"] = Field(
+        "document", description="A document once, by its best passage, or with every passage found"
+    )
+    include: list[Include] = Field(list(ALL), description="What each hit shows beside rank, scores and document ids")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "SearchRequest":
@@ -59,13 +75,16 @@ class DocumentOfHit(BaseModel):
 
 
 class HitOut(BaseModel):
-    """A text near the query; ``score`` is the cosine.
+    """A text that answers the query. ``score``: what it is ranked by, one of ``scores``.
+
+    ``scores``: dense is the cosine, lexical BM25, hybrid the fused one, rerank the cross-encoder's; of rankings that have it.
 
     ``doc_ids``: every document that has this text and is not above it already; ``documents`` says more of the first 1,000.
     """
 
     rank: int
     score: float
+    scores: dict[str, float]
     doc_ids: list[str]
     text: str | None = None
     documents: list[DocumentOfHit]
@@ -79,7 +98,7 @@ class Result(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """Answers in the order of the queries, all from one artifact. ``took_ms``: queue, encode, search, total."""
+    """Answers in the order of the queries, all from one artifact. ``took_ms``: queue, encode, search, rerank, total."""
 
     artifact: str
     model: str
@@ -174,6 +193,9 @@ class Info(BaseModel):
     max_tokens: int
     passages: int
     documents: int
+    modes: list[Mode]
+    rerank: bool
+    columns: list[str]
     recall: float
     recall_k: int
     points: list[dict[str, float]]

@@ -27,7 +27,7 @@ import numpy as np
 from pipeline import index, index_parts, operating
 from pipeline.collection import Collection
 from pipeline.config import IndexConfig
-from pipeline.evaluation import encode_queries, labelled, read_qrels
+from pipeline.evaluation import labelled
 from pipeline.index_plan import choose
 from pipeline.live import open_live
 from pipeline.run import reindex
@@ -80,9 +80,8 @@ def scifact(folder: Path) -> tuple[dict[str, Any], Any]:
         started = time.perf_counter()
         outcome = reindex(config)
         opened = open_live(config)
-        qrels = read_qrels(str(data / "qrels" / "test.tsv"), config.store)
-        queries = encode_queries(opened.spec, str(data / "queries.jsonl.gz"), config.store, only=qrels.keys())
-        metrics = labelled(opened.searcher, queries, qrels)
+        judged = str(data / "queries.jsonl.gz"), str(data / "qrels" / "test.tsv")
+        metrics = labelled(opened.searcher, opened.spec, *judged, config.store)
         evaluation = outcome.live.evaluation
         found[kind] = {
             "exact": metrics["exact"],

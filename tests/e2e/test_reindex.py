@@ -62,6 +62,7 @@ def test_artifact_is_complete_and_opens_with_plain_faiss(tmp_path, real_rows):
         "documents.parquet",
         "index.faiss",
         "manifest.json",
+        "metadata.arrow",
         "report.html",
         "report.json",
         "vectors.f16",

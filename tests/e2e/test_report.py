@@ -136,7 +136,7 @@ def test_plan_takes_the_speed_from_records_of_this_machine_type(made):
     assert plan.rate_source == f"the last {len(records)} embedding records of {machine_name(2)}"
     other = job.config.compute.model_copy(update={"cpus_per_encoder": cpu_threads() + 1})
     elsewhere = plan_job(config.model_copy(update={"compute": other}), on_gpu=False)
-    assert make_plan(elsewhere, lambda texts: float(len(texts))).rate_source == "96 passages encoded just now"
+    assert make_plan(elsewhere, lambda texts: float(len(texts))).rate_source == "passages encoded just now"
 
 
 def test_runs_are_known_and_gc_keeps_those_of_kept_artifacts(made, tmp_path):

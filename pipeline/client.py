@@ -1,0 +1,89 @@
+"""Asking an artifact in Python: ``pipeline.open_artifact(uri).search("a text")``. Loads the model at the first query."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config, SearchConfig
+from pipeline.errors import ConfigError
+from pipeline.filters import AnyFilter, parse_filter
+from pipeline.live import Opened, open_live, open_uri, query_spec
+from pipeline.operating import pick
+from pipeline.recall import Matrix
+from pipeline.searcher import Ask, FoundText, Hit, Mode, Queries, documents
+
+
+class Artifact:
+    """An open artifact. One call at a time; it is closed when nothing refers to it."""
+
+    def __init__(self, opened: Opened, config: Config | None = None) -> None:
+        self.opened = opened
+        self._config = config
+        self._settings = config.search if config else SearchConfig()
+        self._encoder: Any = None
+
+    @property
+    def version(self) -> str:
+        """Name of the artifact."""
+        return self.opened.manifest.version
+
+    def encode(self, texts: Sequence[str]) -> Matrix:
+        """Unit vectors of queries, (q, dim) float32."""
+        if self._encoder is None:
+            from pipeline.encoder import load_query_encoder
+
+            self._encoder = load_query_encoder(query_spec(self.opened, self._config))
+        return np.asarray(self._encoder.encode_queries(list(texts)))
+
+    def search(self, query: str, k: int | None = None, **how: Any) -> list[Hit]:
+        """The k best documents, each by its best passage; ``how`` as in ``texts``."""
+        k = k or self._settings.k
+        return documents(self.texts([query], k, **how)[0])[:k]
+
+    def texts(
+        self,
+        queries: Sequence[str],
+        k: int | None = None,
+        *,
+        mode: Mode | None = None,
+        filter: AnyFilter | dict[str, Any] | str | None = None,  # noqa: A002 - what the API calls it
+        recall: float | None = None,
+        latency_ms: float | None = None,
+    ) -> list[list[FoundText]]:
+        """The k best texts of each query with the documents that have them. What is None is as the config says.
+
+        ``filter``: see pipeline.filters. ``recall``, ``latency_ms``: the fastest, or best, measured settings for that. Raises
+        ConfigError on an empty query and on what the artifact has not.
+        """
+        if not all(query.strip() for query in queries):
+            raise ConfigError("search: the query is empty; give a text")
+        point = self.opened.searcher.point
+        if recall is not None or latency_ms is not None:
+            point = pick(self.opened.manifest.evaluation.points, recall=recall, latency_ms=latency_ms)
+        ask = Ask(
+            k or self._settings.k,
+            point,
+            mode or self._settings.mode,
+            parse_filter(filter) if isinstance(filter, str | dict) else filter,
+            fusion=self._settings.fusion,
+            dense_weight=self._settings.dense_weight,
+        )
+        vectors = self.encode(queries) if ask.mode != "lexical" else None
+        return self.opened.searcher.ask(Queries(vectors, queries), ask)
+
+
+def open_artifact(uri: str, config: Config | None = None) -> Artifact:
+    """Open an artifact folder at any fsspec URI, checked by its hashes when it is copied here. Raises ConfigError.
+
+    ``config``: search settings, keys of the store, and whether the artifact's model may run code of its own.
+    """
+    if config is None:
+        return Artifact(open_uri(uri))
+    trusted = config.encoder.trust_remote_code
+    return Artifact(open_uri(uri, config.search, config.store, trust_remote_code=trusted), config)
+
+
+def open_root(config: Config) -> Artifact:
+    """Open what is live in a config's root. Raises ConfigError where nothing is."""
+    return Artifact(open_live(config), config)

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+import pipeline
+from pipeline.client import open_root
+from pipeline.errors import ConfigError
+from pipeline.publish import require_live
+from pipeline.run import reindex
+from pipeline.storage import Storage
+from tests.conftest import make_config, sentences, start_ray, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, short_tmp):
+    """A root with a lexical index and metadata, and one without."""
+    folder = tmp_path_factory.mktemp("client")
+    start_ray(short_tmp)
+    rows = [row | {"year": 2000 + number} for number, row in enumerate(sentences(40))]
+    write_jsonl(folder / "corpus" / "a.jsonl", [*rows, {"id": "rates", "text": "Interest rates rose.", "year": 1999}])
+    store = {"store": {"embeddings": str(folder / "embeddings")}}
+    rich = make_config(folder / "rich", folder / "corpus", corpus={"metadata": ["year"]}, index={"lexical": True}, **store)
+    plain = make_config(folder / "plain", folder / "corpus", **store)
+    for config in (rich, plain):
+        assert reindex(config).committed
+    return rich, plain
+
+
+def test_an_artifact_is_asked_in_python(root):
+    rich, _ = root
+    live = require_live(Storage(rich.root))
+    opened = pipeline.open_artifact(f"{rich.root}/artifacts/{live.version}")
+    assert opened.version == live.version
+    for mode in ("dense", "lexical", "hybrid"):
+        (hit,) = opened.search("interest rates", k=1, mode=mode)
+        assert (hit.doc_id, hit.rank, json.loads(hit.metadata)) == ("rates", 1, {"year": 1999})
+    late = opened.search("a note", k=5, filter={"type": "gt", "key": "year", "value": 2036})
+    assert sorted(json.loads(hit.metadata)["year"] for hit in late) == [2037, 2038, 2039]
+    assert opened.search("a note", filter='{"type": "lt", "key": "year", "value": 1999}') == []
+    (first,) = opened.texts(["interest rates"], k=3, mode="hybrid")
+    assert set(first[0].scores) == {"dense", "lexical", "hybrid"}
+
+
+def test_what_an_artifact_has_not_is_refused(root):
+    opened = open_root(root[1])
+    assert len(opened.search("a note", k=3)) == 3
+    with pytest.raises(ConfigError, match=r"no lexical index; set index.lexical: true and run vecmill reindex"):
+        opened.search("a note", mode="hybrid")
+    with pytest.raises(ConfigError, match=r"no metadata; name columns in corpus\.metadata and run vecmill reindex"):
+        opened.search("a note", filter={"type": "eq", "key": "year", "value": 1})
+    with pytest.raises(ConfigError, match="the query is empty"):
+        opened.search(" ")
+
+
+def test_the_config_says_how_it_is_searched(root):
+    rich, _ = root
+    config = rich.model_copy(update={"search": rich.search.model_copy(update={"mode": "lexical", "k": 2})})
+    hits = open_root(config).search("interest harbour")
+    assert 1 <= len(hits) <= 2
+    assert hits[0].score > 1  # BM25, no cosine
+
+
+def test_a_lexical_index_is_added_without_encoding(root):
+    """Another artifact is merged; nothing is encoded or trained."""
+    _, plain = root
+    wanted = plain.model_copy(update={"index": plain.index.model_copy(update={"lexical": True})})
+    before = open_root(plain).version
+    outcome = reindex(wanted)
+    assert (outcome.committed, outcome.encoded, outcome.trained) == (True, 0, False)
+    assert outcome.live.version != before
+    assert open_root(wanted).search("interest", mode="lexical")[0].doc_id == "rates"
+    assert reindex(wanted).built is None
