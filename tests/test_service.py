@@ -384,6 +384,31 @@ def test_the_openai_client_gets_our_vectors(client, config):
         api.embeddings.create(model=model.id, input="a," * 200)
 
 
+def test_the_openai_client_searches_the_vector_store(client, config):
+    openai = pytest.importorskip("openai")
+    version = client.get("/info").json()["artifact"]
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as theirs:
+        stores = theirs.vector_stores
+        page = stores.search("live", query="interest rates", max_num_results=3)
+        assert page.data[0].file_id == "rates"
+        assert len(page.data) == 3
+        first = page.data[0]
+        assert (first.attributes, first.content[0].text) == ({"topic": "money"}, "Interest rates rose again in March.")
+        assert first.filename.endswith("a.jsonl")
+        hits = ask(client, queries="interest rates", k=3)["results"][0]["hits"]
+        assert [item.score for item in page.data] == pytest.approx([hit["score"] for hit in hits], abs=1e-6)
+        both = stores.search(version, query=["interest rates", "igneous rock"], max_num_results=4)
+        assert {item.file_id for item in both.data} >= {"rates", "same/0", "same/1", "same/2"}
+        only = stores.search("live", query="interest rates", filters={"type": "eq", "key": "topic", "value": "3"})
+        assert {item.attributes["topic"] for item in only.data} == {"3"}
+        high = stores.search("live", query="interest rates", ranking_options={"score_threshold": first.score - 1e-3})
+        assert [item.file_id for item in high.data] == ["rates"]
+        with pytest.raises(openai.NotFoundError, match="elsewhere is not here, live and"):
+            stores.search("elsewhere", query="a")
+        with pytest.raises(openai.UnprocessableEntityError):
+            stores.search("live", query="a", filters={"type": "eq", "key": "colour", "value": "3"})
+
+
 def test_concurrent_clients_get_their_own_answers(client):
     rows = [row for row in corpus("two") if row["id"].startswith("d")]
 
@@ -533,7 +558,7 @@ def test_any_request_gets_an_answer_of_the_document(client):
     calm = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
     bounded = hypothesis.settings(max_examples=20, derandomize=True, database=None, **calm)
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 8
+    assert len(operations) == 9
     for operation in operations:
         for mode in schemathesis.GenerationMode:
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +11,20 @@ from pipeline.batching import Vectors
 from pipeline.errors import ConfigError
 from pipeline.exposition import Meters
 from pipeline.metrics import SEARCH_LATENCY
-from pipeline.searcher import Ask, FoundText, Hit, Queries
+from pipeline.searcher import Ask, FoundText, Hit, Queries, documents
 from pipeline.service.following import Served
 from pipeline.service.refusals import RefusedError, wrong
-from pipeline.service.schemas import DocumentOfHit, HitOut, Include, Result, SearchResponse, Source
+from pipeline.service.schemas import (
+    Content,
+    DocumentOfHit,
+    HitOut,
+    Include,
+    Result,
+    SearchResponse,
+    Source,
+    VectorStoreResult,
+    VectorStoreSearchResponse,
+)
 from pipeline.vectors import gather
 
 SHOWN_DOCUMENTS = 1000
@@ -32,14 +42,11 @@ class Asked:
     meters: Meters
 
     def answer(self, found: list[list[FoundText]], truncated: Sequence[int], took: dict[str, float]) -> bytes:
-        """A SearchResponse as JSON, and its times in the meters."""
-        took = took | {"total": time.perf_counter() - self.started}
-        for phase, seconds in took.items():
-            self.meters.observe(SEARCH_LATENCY, seconds, phase=phase)
+        """A SearchResponse as JSON."""
         response = SearchResponse(
             artifact=self.served.version,
             model=self.model,
-            took_ms={phase: round(1000 * seconds, 3) for phase, seconds in took.items()},
+            took_ms={phase: round(1000 * seconds, 3) for phase, seconds in self.timed(took).items()},
             results=[
                 Result(hits=[_hit(text, self.include) for text in texts], truncated=row in truncated)
                 for row, texts in enumerate(found)
@@ -47,15 +54,58 @@ class Asked:
         )
         return response.model_dump_json(exclude_none=True).encode()
 
+    def timed(self, took: dict[str, float]) -> dict[str, float]:
+        """Seconds of each phase with the total, which the meters get too."""
+        took = took | {"total": time.perf_counter() - self.started}
+        for phase, seconds in took.items():
+            self.meters.observe(SEARCH_LATENCY, seconds, phase=phase)
+        return took
+
+
+Answering = Callable[[Asked, Queries, Sequence[int], dict[str, float]], bytes]
+
 
 def search(asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]) -> bytes:
-    """The answers to queries; RefusedError 422 for a filter that the artifact has no columns for."""
+    """The answers to queries, a SearchResponse."""
+    return asked.answer(*_found(asked, queries, truncated, took))
+
+
+def paged(threshold: float | None) -> Answering:
+    """Answers as a VectorStoreSearchResponse: documents by their best score over queries that mean the same."""
+
+    def page(asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]) -> bytes:
+        found, _, took = _found(asked, queries, truncated, took)
+        asked.timed(took)
+        best: dict[str, Hit] = {}
+        for hit in sorted((hit for texts in found for hit in documents(texts)), key=lambda hit: -hit.score):
+            if threshold is None or hit.score >= threshold:
+                best.setdefault(hit.doc_id, hit)
+        data = [_result(hit) for hit in list(best.values())[: asked.ask.k]]
+        return VectorStoreSearchResponse(search_query=list(queries.texts or ()), data=data).model_dump_json().encode()
+
+    return page
+
+
+def _result(hit: Hit) -> VectorStoreResult:
+    return VectorStoreResult(
+        file_id=hit.doc_id,
+        filename=hit.source_uri,
+        score=hit.score,
+        attributes=json.loads(hit.metadata) if hit.metadata else {},
+        content=[Content(text=hit.text)],
+    )
+
+
+def _found(
+    asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]
+) -> tuple[list[list[FoundText]], Sequence[int], dict[str, float]]:
+    """Search; RefusedError 422 for a filter that the artifact has no columns for."""
     began = time.perf_counter()
     try:
         found = asked.served.opened.searcher.ask(queries, asked.ask)
     except ConfigError as error:
         raise wrong("filter", str(error).removeprefix("filter: ")) from error
-    return asked.answer(found, truncated, took | {"search": time.perf_counter() - began})
+    return found, truncated, took | {"search": time.perf_counter() - began}
 
 
 def similar(asked: Asked, doc_id: str, passage: int) -> bytes:

@@ -108,6 +108,15 @@ def _add_openai(app: FastAPI, engine: Engine) -> None:
         answer = schemas.EmbeddingsResponse(model=engine.model, data=data, usage=usage)
         return Response(answer.model_dump_json(), media_type=JSON)
 
+    @app.post(
+        "/v1/vector_stores/{store}/search",
+        response_model=schemas.VectorStoreSearchResponse,
+        responses=_errors(404, *BODY),
+    )
+    async def vector_store_search(store: str, request: schemas.VectorStoreSearchRequest) -> Response:
+        """Documents as OpenAI's clients search a vector store; its id is live, or the artifact's."""
+        return Response(await engine.vector_store_search(store, request), media_type=JSON)
+
     @app.get("/v1/models")
     async def models() -> schemas.Models:
         """The model that is here."""

@@ -19,14 +19,16 @@ from pipeline.metrics import SERVICE
 from pipeline.operating import pick
 from pipeline.searcher import Ask, Queries
 from pipeline.service import answers
-from pipeline.service.answers import Asked, unit
+from pipeline.service.answers import Answering, Asked, unit
 from pipeline.service.following import Follower, fixed
 from pipeline.service.query_encoder import QueryEncoder, QueryVectors
 from pipeline.service.refusals import RefusedError, wrong
-from pipeline.service.schemas import Include, Info, SearchRequest
+from pipeline.service.schemas import Include, Info, SearchRequest, VectorStoreSearchRequest
 from pipeline.service.searches import Searches
 
 Answer = TypeVar("Answer")
+LIVE = "live"
+"""How OpenAI's clients call the artifact that serves: the id of a vector store."""
 
 
 class Engine:
@@ -62,6 +64,17 @@ class Engine:
 
     async def search(self, request: SearchRequest) -> bytes:
         """A SearchResponse as JSON."""
+        return await self._searched(request, answers.search)
+
+    async def vector_store_search(self, store: str, request: VectorStoreSearchRequest) -> bytes:
+        """A VectorStoreSearchResponse as JSON. ``store``: ``live``, or the name of the artifact that serves."""
+        version = self.current.served.version
+        if store not in {LIVE, version}:
+            raise RefusedError(404, "vector_store_not_found", f"{store[:100]} is not here, {LIVE} and {version} are", "id")
+        inner = SearchRequest(queries=request.query, k=request.max_num_results, filter=request.filters)
+        return await self._searched(inner, answers.paged(request.ranking_options.score_threshold))
+
+    async def _searched(self, request: SearchRequest, answer: Answering) -> bytes:
         asked = self._asked(request.k, request.include, request)
         texts, took = request.texts, {}
         truncated: tuple[int, ...] = ()
@@ -78,7 +91,7 @@ class Engine:
             encoded = await self._encoded(texts, "queries", asked.started)
             queries, truncated = Queries(encoded.vectors, texts), encoded.truncated
             took = {"queue": encoded.queue_s, "encode": encoded.encode_s}
-        return await self._within(self._searches.submit(answers.search, asked, queries, truncated, took), asked.started)
+        return await self._within(self._searches.submit(answer, asked, queries, truncated, took), asked.started)
 
     async def similar(self, doc_id: str, passage: int, k: int | None, include: Sequence[Include]) -> bytes:
         """A SearchResponse as JSON: what is near a passage of a document, less that document."""

@@ -143,6 +143,51 @@ class EmbeddingsResponse(BaseModel):
     usage: Usage
 
 
+class RankingOptions(Request):
+    """OpenAI's options. ``ranker``: none, or whatever else for the cross-encoder where the config has one."""
+
+    ranker: Literal["none", "auto", "default-2024-11-15"] = "auto"
+    score_threshold: Finite | None = Field(None, description="Only what scores so much or more")
+
+
+class VectorStoreSearchRequest(Request):
+    """OpenAI's request. Searched as search.mode of the config says."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"query": "a text", "max_num_results": 3}]})
+    query: str | list[str] = Field(description="One text, or several ways to put it: a document counts by the best")
+    filters: Filter | None = Field(None, description="Only documents whose metadata passes")
+    max_num_results: int = Field(10, ge=1, le=50, description="Documents")
+    ranking_options: RankingOptions = Field(RankingOptions(), description="Re-ranking and the least score")
+    rewrite_query: bool = Field(False, description="Ignored: queries are searched for as they are")
+
+
+class Content(BaseModel):
+    """The passage that answers."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class VectorStoreResult(BaseModel):
+    """A document by its best passage. ``file_id``: its id, ``filename``: the file it was read from."""
+
+    file_id: str
+    filename: str
+    score: float
+    attributes: dict[str, Any]
+    content: list[Content]
+
+
+class VectorStoreSearchResponse(BaseModel):
+    """OpenAI's answer, always one page."""
+
+    object: Literal["vector_store.search_results.page"] = "vector_store.search_results.page"
+    search_query: list[str]
+    data: list[VectorStoreResult]
+    has_more: bool = False
+    next_page: None = None
+
+
 class Model(BaseModel):
     """A model by OpenAI's fields; ``created``: when the artifact was made."""
 
