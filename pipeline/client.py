@@ -1,5 +1,6 @@
 """Asking an artifact in Python: ``pipeline.open_artifact(uri).search("a text")``. Loads the model at the first query."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,14 @@ from pipeline.searcher import Ask, FoundText, Hit, Mode, Queries, documents
 
 
 class Artifact:
-    """An open artifact. One call at a time; it is closed when nothing refers to it."""
+    """An open artifact; it is closed when nothing refers to it. Several threads may ask it, queries are encoded in turn."""
 
     def __init__(self, opened: Opened, config: Config | None = None) -> None:
         self.opened = opened
         self._config = config
         self._settings = config.search if config else SearchConfig()
         self._encoder: Any = None
+        self._lock = threading.Lock()
 
     @property
     def version(self) -> str:
@@ -30,11 +32,12 @@ class Artifact:
 
     def encode(self, texts: Sequence[str]) -> Matrix:
         """Unit vectors of queries, (q, dim) float32."""
-        if self._encoder is None:
-            from pipeline.encoder import load_query_encoder
+        with self._lock:
+            if self._encoder is None:
+                from pipeline.encoder import load_query_encoder
 
-            self._encoder = load_query_encoder(query_spec(self.opened, self._config))
-        return np.asarray(self._encoder.encode_queries(list(texts)))
+                self._encoder = load_query_encoder(query_spec(self.opened, self._config))
+            return np.asarray(self._encoder.encode_queries(list(texts)))
 
     def search(self, query: str, k: int | None = None, **how: Any) -> list[Hit]:
         """The k best documents, each by its best passage; ``how`` as in ``texts``."""

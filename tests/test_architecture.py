@@ -30,6 +30,8 @@ DOORS = {
     "cronsim": {"schedule"},
     "bm25s": {"lexical"},
     "Stemmer": {"lexical"},
+    "langchain_core": {"retrievers/langchain"},
+    "llama_index": {"retrievers/llama_index"},
 }
 SIDE_DOORS = {("ray", "jobs/submit.py")}
 """Files beside the door of a library: a client of a cluster's job API runs nothing."""
@@ -119,8 +121,8 @@ def test_encoder_runs_alone() -> None:
     assert seen == ENCODER_NEEDS
 
 
-def test_package_init_imports_nothing() -> None:
-    assert imports(HOME / "pipeline" / "__init__.py") == set()
+def test_package_init_imports_nothing_heavy() -> None:
+    assert imports(HOME / "pipeline" / "__init__.py", top_level=True) == {"typing", "typing.TYPE_CHECKING"}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(HOME)))

@@ -70,3 +70,30 @@ def test_a_lexical_index_is_added_without_encoding(root):
     assert outcome.live.version != before
     assert open_root(wanted).search("interest", mode="lexical")[0].doc_id == "rates"
     assert reindex(wanted).built is None
+
+
+def test_langchain_retrieves(root):
+    messages = pytest.importorskip("langchain_core.runnables")
+    from pipeline.retrievers.langchain import VecmillRetriever
+
+    retriever = VecmillRetriever(artifact=open_root(root[0]), k=2, filter={"type": "gte", "key": "year", "value": 1999})
+    (first, _) = retriever.invoke("interest rates")
+    assert (first.id, first.page_content) == ("rates", "Interest rates rose.")
+    assert first.metadata["year"] == 1999
+    assert first.metadata["source"].endswith("a.jsonl:40")
+    chain = retriever | messages.RunnableLambda(lambda documents: [document.id for document in documents])
+    many = chain.batch(["interest rates"] * 8 + ["a note"])
+    assert all(found[0] == "rates" for found in many[:8])
+    assert len(many[8]) == 2
+
+
+def test_llama_index_retrieves(root):
+    pytest.importorskip("llama_index.core")
+    from pipeline.retrievers.llama_index import VecmillRetriever
+
+    opened = open_root(root[0])
+    (first, second) = VecmillRetriever(opened, k=2, mode="hybrid").retrieve("interest rates")
+    assert (first.node.node_id, first.node.get_content()) == ("rates", "Interest rates rose.")
+    assert first.score > second.score
+    assert first.node.metadata["year"] == 1999
+    assert [first.node.start_char_idx, first.node.end_char_idx] == first.node.metadata["span"]
