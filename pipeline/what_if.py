@@ -26,6 +26,7 @@ UTILISATION = (0.10, 0.33)
 """Share of its peak that an L4 reaches with bge-large, 648 MFLOP per token: sentence-transformers in FP16 took 59.1 s for
 1,150,000 tokens in texts of 449, text-embeddings-inference 18.5 s (docs/benchmarking.md of michaelfeil/infinity, 0.0.25)."""
 UTILISATION_DIM = 1024
+"""Width of bge-large."""
 CPU_SHARE = (0.5, 1.0)
 """Of the speed of one encoder here. The lower end is a guess: many of them were never measured side by side."""
 NOT_LINEAR = re.compile("embed|shared|relative_attention_bias|pooler|lm_head|predictions|classifier")
@@ -91,7 +92,7 @@ def estimate(
 
 
 def utilisation(dim: int) -> tuple[float, float]:
-    """What to expect of a model so wide. A narrow one may reach less: its work shrinks with the square of what it moves."""
+    """For a model so wide. A guess: a narrow one may reach less, its work shrinks with the square of what it moves."""
     return UTILISATION[0] * min(1.0, dim / UTILISATION_DIM), UTILISATION[1]
 
 
