@@ -57,13 +57,16 @@ class Forecast(Document):
     merge_memory_bytes: int
 
 
-def learned_rate(job: Job, machine: str | None) -> Rate | None:
-    """The speed of this encoder in its newest records on a kind of machine; without ``machine`` on that of the newest."""
+def learned_rate(job: Job, machine: str | None, phase: str = "encode") -> Rate | None:
+    """The speed of this encoder in its newest records on a kind of machine; without ``machine`` on that of the newest.
+
+    ``phase``: another of their timings, ``tokenize`` is by one core.
+    """
     files = [file for file in job.embeddings.walk(job.embedding_folder) if file.path.endswith(".json")]
     used: list[Record] = []
     for file in sorted(files, key=lambda file: -file.modified_s)[:LOOKED_AT_RECORDS]:
         record = load(Record, job.embeddings, file.path)
-        if record is None or record.machine is None or not record.timings_s.get("encode"):
+        if record is None or record.machine is None or not record.timings_s.get(phase):
             continue
         machine = machine or record.machine
         if record.machine == machine and len(used) < RATE_RECORDS:
@@ -71,7 +74,7 @@ def learned_rate(job: Job, machine: str | None) -> Rate | None:
     tokens = sum(record.counts["tokens"] for record in used)
     if tokens < MIN_RATE_TOKENS:
         return None
-    seconds = sum(record.timings_s["encode"] for record in used)
+    seconds = sum(record.timings_s[phase] for record in used)
     return Rate(tokens / seconds, f"the last {len(used)} embedding records of {machine}")
 
 

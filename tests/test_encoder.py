@@ -19,6 +19,7 @@ from pipeline.errors import EncoderError
 from pipeline.model import _hash_files, resolve_spec
 from pipeline.numerics import resolve_precision
 from pipeline.torch_engine import TorchEngine
+from pipeline.what_if import flops_per_token
 from tests.conftest import MINILM
 
 ODD = [
@@ -354,7 +355,7 @@ def test_encoded_counts_real_and_padded_tokens(minilm):
     encoder = Encoder(minilm[0], batch_tokens=16)
     encoded = encoder.encode_tokens([[101, 7592, 102], [101, 102], [101, 7592, 7592, 7592, 102]])
     assert (encoded.tokens, encoded.padded_tokens, encoded.failed) == (10, 15, {})
-    assert encoder.flops_per_token == 6 * 2 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert encoder.flops_per_token == flops_per_token(minilm[1], 0) == 6 * 2 * (4 * 384 * 384 + 2 * 384 * 1536)
 
 
 def test_bench_reports_rates_quality_and_latency():

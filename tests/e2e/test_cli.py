@@ -118,7 +118,10 @@ def test_plan_writes_nothing_and_is_right(tmp_path):
     assert (plan["files"], plan["documents"], plan["passages"], plan["units_done"]) == (1, 50, 50, 0)
     assert (plan["index"]["kind"], plan["sampled_rejected"], plan["embedding_bytes"]) == ("flat", 1, 50 * (768 + 16))
     assert plan["tokens_per_s"] > 0
-    assert "flat" in vecmill("plan", "-c", file).stdout
+    shown = vecmill("plan", "-c", file, "--cluster", "2xL4").stdout
+    assert "flat" in shown
+    assert "estimate for 2xL4" in shown
+    assert "cores for each L4" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "c.yaml"]
 
 
@@ -133,6 +136,7 @@ def test_plan_writes_nothing_and_is_right(tmp_path):
         (["reindex", "-c", "c.yaml", "--set", "index.m=50"], 2, "dim 384 cannot be cut into 50 parts"),
         (["reindex", "-c", "c.yaml", "--set", "corpus.text=body"], 3, "5 of 5 rows rejected"),
         (["search", "-c", "c.yaml", "--set", "root=empty", "hello"], 2, "nothing is live here"),
+        (["plan", "-c", "c.yaml", "--cluster", "8xB300"], 2, "'8xB300': expected COUNTxNAME, as in 8xL4,2xA100; names are T4"),
         (["verify", "--artifact", "empty"], 5, "no manifest.json"),
     ],
 )
