@@ -197,12 +197,29 @@ class SearchConfig(Section):
     max_latency_ms: float | None = Field(
         None, gt=0, description="Search settings are chosen within this time of one query on one thread; default: no limit"
     )
+    reranker: str | None = Field(
+        None, description="Cross-encoder that can order the best texts anew: named like encoder.model; default: none"
+    )
+    reranker_revision: str | None = Field(None, description="Commit of a hub reranker; required for a hub id")
+    rerank_depth: int = Field(50, ge=1, le=1000, description="Texts per query that the reranker scores, the best of the search")
+    rerank_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Time box of the reranker per query: texts that it does not get to keep their order, below those that it "
+        "scored; default: no limit",
+    )
     cache_dir: str | None = Field(None, description="Where artifacts of remote roots are kept; default: ~/.cache/vecmill")
     cache_size: ByteSize = Field(
         cast(ByteSize, "50GB"),
         validate_default=True,
         description="Room for them: the longest unused go for a new one, never one that is in use",
     )
+
+    @model_validator(mode="after")
+    def _reranker_revision_with_reranker(self) -> "SearchConfig":
+        if self.reranker_revision and not self.reranker:
+            raise ValueError("reranker_revision without reranker; set search.reranker too")
+        return self
 
 
 class ServeConfig(Section):

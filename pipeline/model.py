@@ -1,15 +1,6 @@
-"""Which model: its folder, what identifies it, its limits.
+"""Which encoder: what identifies it, its limits. No torch here, so that planning and splitting start in milliseconds."""
 
-No torch here, so that planning and splitting start in milliseconds. Refuses weights other than safetensors,
-and code of the model's own unless it comes from a pinned commit: a model is data.
-"""
-
-import hashlib
-import importlib.util
-import json
-import re
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -17,14 +8,12 @@ from safetensors import safe_open
 
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.fingerprint import fingerprint
+from pipeline.model_files import check_code, check_pinned, check_weights, hash_files, locate, read_json
 
-IDENTITY_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".py"}
-FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names of a model's prompt for documents, the first that it has, as sentence-transformers looks for it."""
 UNLIMITED_TOKENS = 1 << 30
 """The limit of a static (bag of tokens) model, which has none."""
-COMMIT = re.compile("[0-9a-f]{40}")
 OVERFLOWING = ("t5", "mt5", "umt5", "gemma3", "gemma3_text")
 """Model types whose activations leave the range of FP16; they were trained in BF16."""
 
@@ -121,26 +110,22 @@ def find_model(model: str, revision: str | None = None) -> ModelFolder:
 
     Raises ConfigError when it is not there, EncoderError when it is no SentenceTransformer with safetensors.
     """
-    path = _locate(model, revision)
+    path = locate(model, revision)
     if not (path / "modules.json").is_file():
         raise EncoderError(f"{path}: no modules.json, so no SentenceTransformer folder; save one with model.save()")
-    modules = cast(list[dict[str, str]], _read_json(path / "modules.json"))
-    weights = [file for file in path.rglob("*.safetensors") if not FOREIGN_FOLDERS & set(file.relative_to(path).parts)]
-    if not weights:
-        raise EncoderError(f"{path}: no .safetensors weights; convert them (pickled weights can run code when loaded)")
-    settings = _read_json(path / "config_sentence_transformers.json", missing={})
+    modules = cast(list[dict[str, str]], read_json(path / "modules.json"))
+    check_weights(path)
+    settings = read_json(path / "config_sentence_transformers.json", missing={})
     prompts = {name: str(text) for name, text in (settings.get("prompts") or {}).items()}
-    config = _read_json(path / "config.json", missing={})
-    overflows = config.get("model_type") in OVERFLOWING or config.get("dtype", config.get("torch_dtype")) == "bfloat16"
     return ModelFolder(
         path,
         prompts,
         _max_seq_length(path, modules),
         _dim(path, modules),
-        _hash_files(str(path)),
+        hash_files(str(path)),
         _traceable(path, modules),
         is_static=_is_static(modules),
-        overflows=overflows,
+        overflows=overflows(path),
     )
 
 
@@ -152,11 +137,11 @@ def resolve_spec(
     Raises ConfigError for a request that the model cannot fulfil.
     """
     model, revision, trusted = request["model"], request.get("revision"), request.get("trust_remote_code", False)
-    if trusted and not COMMIT.fullmatch(revision or ""):
-        raise ConfigError(f"encoder.trust_remote_code: only from a pinned commit, {model} has {revision}; give 40 hex digits")
+    if trusted:
+        check_pinned(model, revision)
     folder = find_model(model, revision)
     if trusted:
-        _check_code(folder.path)
+        check_code(folder.path)
     query_folder, query_space = folder, None
     if (query_model := request.get("query_model")) is not None:
         own: EncoderRequest = {"model": query_model, "revision": request.get("query_revision"), "dim": request.get("dim")}
@@ -170,7 +155,7 @@ def resolve_spec(
     document = own_document if asked is None else asked
     query = query_folder.prompts.get("query", "") if asked_query is None else asked_query
     limit, dim = request.get("max_tokens") or folder.max_seq_length, request.get("dim") or folder.dim
-    if limit > folder.max_seq_length and (position := _max_positions(folder.path)) < limit:
+    if limit > folder.max_seq_length and (position := max_positions(folder.path)) < limit:
         raise ConfigError(f"encoder.max_tokens: {limit}, but {model} has {position} positions; lower it")
     if dim > folder.dim:
         raise ConfigError(f"encoder.dim: {dim}, but {model} has {folder.dim} dimensions; lower it")
@@ -196,54 +181,10 @@ def resolve_spec(
     return spec, folder
 
 
-def _check_code(path: Path) -> None:
-    """Refuse a model whose code is in another repository, which its own commit does not pin."""
-    for file in path.rglob("*.json"):
-        settings = _read_json(file)
-        named = settings.get("auto_map") if isinstance(settings, dict) else None
-        for name in (named or {}).values():
-            if "--" in str(name):
-                raise EncoderError(f"{file}: {name} is code of another repository, of no pinned commit; copy it to the model")
-
-
-def _locate(model: str, revision: str | None) -> Path:
-    if model.startswith("package:"):
-        package, _, folder = model.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:
-            raise ConfigError(f"encoder.model: {model}: package {package} is not installed; pip install it")
-        return Path(found.origin).parent / folder
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ConfigError(f"encoder.model: {model}: no such folder; give a folder, package:<name>/<folder> or a hub id")
-    if revision is None:
-        raise ConfigError(f"encoder.model: {model}: a hub model needs encoder.revision, or its vectors could change unseen")
-    from huggingface_hub import snapshot_download  # slow to import, and only hub models need it
-
-    try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, ignore_patterns=["*.bin", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"encoder.model: {model}@{revision}: cannot be fetched, {error}; check name, revision, network"
-        ) from error
-
-
-@lru_cache(maxsize=8)
-def _hash_files(folder: str) -> str:
-    path = Path(folder)
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if file.is_file() and file.suffix in IDENTITY_SUFFIXES and not FOREIGN_FOLDERS & set(relative.parts):
-            with file.open("rb") as handle:
-                total.update(f"{relative.as_posix()}:{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+def overflows(path: Path) -> bool:
+    """Whether a model's activations leave the range of FP16, as far as its config tells."""
+    config = read_json(path / "config.json", missing={})
+    return config.get("model_type") in OVERFLOWING or config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 
 
 def _max_seq_length(path: Path, modules: list[dict[str, str]]) -> int:
@@ -251,10 +192,10 @@ def _max_seq_length(path: Path, modules: list[dict[str, str]]) -> int:
         return UNLIMITED_TOKENS
     first = path / modules[0]["path"]
     for name in ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlm-roberta_config.json"):
-        if length := _read_json(first / name, missing={}).get("max_seq_length"):
+        if length := read_json(first / name, missing={}).get("max_seq_length"):
             return int(length)
-    limit = _read_json(first / "tokenizer_config.json", missing={}).get("model_max_length", UNLIMITED_TOKENS)
-    return int(min(limit, _max_positions(path)))
+    limit = read_json(first / "tokenizer_config.json", missing={}).get("model_max_length", UNLIMITED_TOKENS)
+    return int(min(limit, max_positions(path)))
 
 
 def _is_static(modules: list[dict[str, str]]) -> bool:
@@ -264,7 +205,7 @@ def _is_static(modules: list[dict[str, str]]) -> bool:
 def _dim(path: Path, modules: list[dict[str, str]]) -> int:
     """Width of the vectors, from the last module that states one."""
     for module in reversed(modules):
-        settings = _read_json(path / module["path"] / "config.json", missing={})
+        settings = read_json(path / module["path"] / "config.json", missing={})
         if "out_features" in settings:
             return int(settings["out_features"])
         width = settings.get("embedding_dimension") or settings.get("word_embedding_dimension") or settings.get("hidden_size")
@@ -281,19 +222,11 @@ def _dim(path: Path, modules: list[dict[str, str]]) -> int:
 
 def _traceable(path: Path, modules: list[dict[str, str]]) -> bool:
     kinds = {module["type"].rpartition(".")[2]: path / module["path"] for module in modules}
-    pooling = _read_json(kinds["Pooling"] / "config.json", missing={}) if "Pooling" in kinds else {}
+    pooling = read_json(kinds["Pooling"] / "config.json", missing={}) if "Pooling" in kinds else {}
     known = {"Transformer", "Pooling", "Dense", "Normalize"}
     return "Transformer" in kinds and kinds.keys() <= known and pooling.get("include_prompt", True) is True
 
 
-def _max_positions(path: Path) -> int:
-    return int(_read_json(path / "config.json", missing={}).get("max_position_embeddings", UNLIMITED_TOKENS))
-
-
-def _read_json(file: Path, *, missing: dict[str, Any] | None = None) -> Any:
-    if missing is not None and not file.is_file():
-        return missing
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EncoderError(f"{file}: not valid JSON, {error}; the model folder is damaged") from error
+def max_positions(path: Path) -> int:
+    """Tokens of the longest text that a model has positions for."""
+    return int(read_json(path / "config.json", missing={}).get("max_position_embeddings", UNLIMITED_TOKENS))

@@ -5,6 +5,8 @@ sentence-transformers it would end the text for the model, so that whoever write
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
@@ -23,15 +25,7 @@ class TextTokenizer:
     """
 
     def __init__(self, folder: ModelFolder, max_tokens: int, prompts: Sequence[str] = ()) -> None:
-        file = next(
-            (f for f in (folder.path / "tokenizer.json", folder.path / "0_StaticEmbedding" / "tokenizer.json") if f.is_file()),
-            None,
-        )
-        if file is None:
-            raise EncoderError(f"{folder.path}: no tokenizer.json; save the model with its fast tokenizer")
-        self._tokenizer = Tokenizer.from_file(str(file))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = _open(folder.path)
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self._tokenizer.encode_special_tokens = not any(token in prompt for token in special for prompt in prompts)
         self.is_static = folder.is_static
@@ -98,3 +92,47 @@ class TextTokenizer:
     def prompt_tokens(self, prompt: str) -> int:
         """Tokens that ``prompt`` takes before a text, leading special tokens included (as sentence-transformers counts)."""
         return len(self._encode([prompt])[0].ids) - len(self._frame[1]) if prompt else 0
+
+
+class Pair(NamedTuple):
+    """Token ids of a query and a text in one row, special tokens included, and the type (0 or 1) of each."""
+
+    ids: list[int]
+    types: list[int]
+
+
+class PairTokenizer:
+    """The fast tokenizer of a cross-encoder: a query before each text, at most ``max_tokens`` together.
+
+    The text is cut, but for a query that would leave it less than a quarter of the room.
+    """
+
+    def __init__(self, path: Path, max_tokens: int) -> None:
+        self._tokenizer = _open(path)
+        self._tokenizer.encode_special_tokens = True
+        self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(True)
+        self._head_chars = min(max_tokens, 1 << 16) * CHARS_PER_TOKEN
+
+    def __call__(self, query: str, texts: Sequence[str]) -> list[Pair]:
+        """One pair for each text, in their order. Characters beyond 64 per token of the limit are not read."""
+        first, *seconds = self._tokenizer.encode_batch_fast(
+            [text[: self._head_chars] for text in (query, *texts)], add_special_tokens=False
+        )
+        first.truncate(self._room * 3 // 4)
+        pairs = []
+        for second in seconds:
+            second.truncate(self._room - len(first.ids))
+            joined = self._tokenizer.post_process(first, second)
+            pairs.append(Pair(joined.ids, joined.type_ids))
+        return pairs
+
+
+def _open(path: Path) -> Tokenizer:
+    """The tokenizer of a model folder, without padding and truncation; raises EncoderError when it has no fast one."""
+    file = next((f for f in (path / "tokenizer.json", path / "0_StaticEmbedding" / "tokenizer.json") if f.is_file()), None)
+    if file is None:
+        raise EncoderError(f"{path}: no tokenizer.json; save the model with its fast tokenizer")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

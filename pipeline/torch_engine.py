@@ -1,4 +1,4 @@
-"""A model on PyTorch: CUDA, and every CPU. The only torch and sentence-transformers door.
+"""A model on PyTorch: CUDA, and every CPU. With reranker.py the only torch and sentence-transformers door.
 
 Weights run in the precision of the spec without autocast; pooling and normalisation always run in FP32. On CUDA
 a batch is sent while the last one is computed, and vectors are fetched once per call, so that the GPU never waits.
@@ -50,7 +50,7 @@ class TorchEngine:
         self._device = torch.device("cuda" if self.on_gpu else "cpu")
         self._dim = spec.dim
         flash = self.on_gpu and precision != "fp32" and is_flash_attn_2_available()
-        self._model = _load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code, flash=flash)
+        self._model = load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code, flash=flash)
         self._static = folder.is_static
         if not self._static:
             self._model.max_seq_length = spec.max_tokens
@@ -244,18 +244,24 @@ def load_plain(spec: EncoderSpec, folder: ModelFolder, precision: str) -> Any:
     return model
 
 
-def _load(path: str, device: torch.device, *, trust_remote_code: bool, flash: bool) -> Any:
-    """A model in FP32, with flash attention where the model supports it, else with what it prefers (SDPA)."""
+def load(
+    path: str, device: torch.device, *, trust_remote_code: bool, flash: bool = False, kind: Any = SentenceTransformer
+) -> Any:
+    """A model in FP32, with flash attention where the model supports it, else with what it prefers (SDPA).
+
+    ``kind``: its class in sentence-transformers. Raises EncoderError when it cannot be loaded, MemoryError when the GPU has
+    no room for it.
+    """
     transformers_logging.disable_progress_bar()
     settings = {"use_safetensors": True} | ({"attn_implementation": "flash_attention_2"} if flash else {})
     try:
-        model = SentenceTransformer(
+        model = kind(
             path, device=str(device), local_files_only=True, trust_remote_code=trust_remote_code, model_kwargs=settings
         ).float()
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"{path}: no room on the GPU") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if flash:
-            return _load(path, device, trust_remote_code=trust_remote_code, flash=False)
+            return load(path, device, trust_remote_code=trust_remote_code, kind=kind)
         raise EncoderError(f"{path}: cannot be loaded, {' '.join(str(error).split())}; check the model folder") from error
     return model.eval()

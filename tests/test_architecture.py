@@ -15,9 +15,9 @@ DOORS = {
     "uvicorn": {"jobs/serve"},
     "prometheus_client": {"exposition"},
     "faiss": {"index", "index_parts", "clustering"},
-    "torch": {"torch_engine"},
+    "torch": {"torch_engine", "reranker"},
     "openvino": {"openvino_engine"},
-    "sentence_transformers": {"torch_engine", "encoder_bench"},
+    "sentence_transformers": {"torch_engine", "encoder_bench", "reranker"},
     "transformers": {"torch_engine", "encoder_bench"},
     "tokenizers": {"tokenizer"},
     "fsspec": {"storage"},
@@ -39,7 +39,7 @@ ENCODER_NEEDS = {
     f"pipeline.{name}"
     for name in (
         *("encoder", "encoder_bench", "torch_engine", "openvino_engine", "batching", "tokenizer"),
-        *("model", "numerics", "errors", "fingerprint"),
+        *("model", "model_files", "numerics", "errors", "fingerprint"),
     )
 }
 

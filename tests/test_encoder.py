@@ -16,7 +16,8 @@ from jobs.demo_corpus import docstrings
 from pipeline.batching import pack_batches, run_within
 from pipeline.encoder import BUDGETS, Encoder, load_query_encoder
 from pipeline.errors import EncoderError
-from pipeline.model import _hash_files, resolve_spec
+from pipeline.model import resolve_spec
+from pipeline.model_files import hash_files
 from pipeline.numerics import resolve_precision
 from pipeline.torch_engine import TorchEngine
 from pipeline.what_if import flops_per_token
@@ -269,7 +270,7 @@ def test_query_model_encodes_the_queries(tmp_path, minilm):
     vector = load_query_encoder(spec).encode_queries(["a harbour"])
     assert (vector * Encoder(other).encode_queries(["a harbour"])).sum() > 0.999
     (tmp_path / "q" / "vocab.txt").write_text("another\n")
-    _hash_files.cache_clear()
+    hash_files.cache_clear()
     with pytest.raises(EncoderError, match="not the query model that the artifact was made for"):
         load_query_encoder(spec)
 
