@@ -42,6 +42,9 @@ def search(
     only: Annotated[
         str | None, typer.Option("--filter", help='Documents by metadata: {"type": "eq", "key": "kind", "value": "class"}')
     ] = None,
+    rerank: Annotated[
+        bool, typer.Option("--rerank", help="Order the best texts by the cross-encoder of search.reranker")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -49,7 +52,7 @@ def search(
     if mode not in {None, *get_args(Mode)}:
         raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
     asked = open_named(config, overrides, artifact)
-    how = {"mode": mode, "filter": only, "recall": recall, "latency_ms": _milliseconds(latency)}
+    how = {"mode": mode, "filter": only, "recall": recall, "latency_ms": _milliseconds(latency), "rerank": rerank}
     hits = asked.search(query, k, **how)
     if as_json:
         print_json({"query": query, "artifact": asked.version, "hits": [asdict(hit) for hit in hits]})

@@ -12,6 +12,7 @@ from pipeline.filters import AnyFilter, parse_filter
 from pipeline.live import Opened, open_live, open_uri, query_spec
 from pipeline.operating import pick
 from pipeline.recall import Matrix
+from pipeline.reranking import Reranking
 from pipeline.searcher import Ask, FoundText, Hit, Mode, Queries, documents
 
 
@@ -24,6 +25,8 @@ class Artifact:
         self._settings = config.search if config else SearchConfig()
         self._encoder: Any = None
         self._lock = threading.Lock()
+        trusted = config is not None and config.encoder.trust_remote_code
+        self._reranking = Reranking(self._settings, trust_remote_code=trusted)
 
     @property
     def version(self) -> str:
@@ -53,19 +56,24 @@ class Artifact:
         filter: AnyFilter | dict[str, Any] | str | None = None,  # noqa: A002 - what the API calls it
         recall: float | None = None,
         latency_ms: float | None = None,
+        rerank: bool = False,
     ) -> list[list[FoundText]]:
         """The k best texts of each query with the documents that have them. What is None is as the config says.
 
-        ``filter``: see pipeline.filters. ``recall``, ``latency_ms``: the fastest, or best, measured settings for that. Raises
-        ConfigError on an empty query and on what the artifact has not.
+        ``filter``: see pipeline.filters. ``recall``, ``latency_ms``: the fastest, or best, measured settings for that.
+        ``rerank``: by the cross-encoder of the config. Raises ConfigError on an empty query and on what the artifact, or
+        config, has not.
         """
         if not all(query.strip() for query in queries):
             raise ConfigError("search: the query is empty; give a text")
         point = self.opened.searcher.point
         if recall is not None or latency_ms is not None:
             point = pick(self.opened.manifest.evaluation.points, recall=recall, latency_ms=latency_ms)
+        k = k or self._settings.k
+        if rerank:
+            self._reranking.load()
         ask = Ask(
-            k or self._settings.k,
+            self._reranking.depth(k) if rerank else k,
             point,
             mode or self._settings.mode,
             parse_filter(filter) if isinstance(filter, str | dict) else filter,
@@ -73,7 +81,10 @@ class Artifact:
             dense_weight=self._settings.dense_weight,
         )
         vectors = self.encode(queries) if ask.mode != "lexical" else None
-        return self.opened.searcher.ask(Queries(vectors, queries), ask)
+        found = self.opened.searcher.ask(Queries(vectors, queries), ask)
+        if not rerank:
+            return found
+        return [self._reranking.order(query, texts, k) for query, texts in zip(queries, found, strict=True)]
 
 
 def open_artifact(uri: str, config: Config | None = None) -> Artifact:

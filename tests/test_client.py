@@ -1,14 +1,17 @@
 import json
 
+import numpy as np
 import pytest
 
 import pipeline
 from pipeline.client import open_root
 from pipeline.errors import ConfigError
 from pipeline.publish import require_live
+from pipeline.reranker import load_reranker
 from pipeline.run import reindex
 from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, start_ray, write_jsonl
+from tests.test_reranker import save_model
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,28 @@ def test_llama_index_retrieves(root):
     assert first.score > second.score
     assert first.node.metadata["year"] == 1999
     assert [first.node.start_char_idx, first.node.end_char_idx] == first.node.metadata["span"]
+
+
+def test_the_best_are_ordered_by_the_cross_encoder(root, tmp_path, minilm):
+    rich, _ = root
+    folder = str(save_model(tmp_path / "reranker", minilm[1].path))
+    search = rich.search.model_copy(update={"reranker": folder, "rerank_depth": 5})
+    opened = open_root(rich.model_copy(update={"search": search}))
+    query = "Interest in the harbour"
+    (before,) = opened.texts([query], 8)
+    (after,) = opened.texts([query], 8, rerank=True)
+    scores = load_reranker(folder).score(query, [text.text for text in before[:5]])
+    assert [text.text for text in after[:5]] == [before[place].text for place in np.argsort(-scores)]
+    assert [text.text for text in after[5:]] == [text.text for text in before[5:]]
+    assert [text.scores["rerank"] for text in after[:5]] == pytest.approx(sorted(scores.tolist(), reverse=True), abs=1e-4)
+    assert all(text.score == text.scores["rerank"] for text in after[:5])
+    assert all("rerank" not in text.scores for text in after[5:])
+    assert [text.rank for text in after] == list(range(1, 9))
+    assert [hit.rank for hit in opened.search(query, 3, rerank=True)] == [1, 2, 3]
+    (few,) = opened.texts([query], 2, rerank=True)
+    assert [text.text for text in few] == [text.text for text in after[:2]]
+    hurried = search.model_copy(update={"rerank_ms": 1e-6})
+    (unscored,) = open_root(rich.model_copy(update={"search": hurried})).texts([query], 8, rerank=True)
+    assert [text.text for text in unscored] == [text.text for text in before]
+    with pytest.raises(ConfigError, match=r"no cross-encoder; set search\.reranker"):
+        open_root(rich).search(query, rerank=True)

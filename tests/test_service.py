@@ -36,6 +36,7 @@ from pipeline.service.ray import PATIENCE
 from pipeline.storage import Storage
 from pipeline.upkeep import rollback
 from tests.conftest import MINILM, _free_ports, make_config, sentences, start_ray, write_jsonl
+from tests.test_reranker import save_model
 
 SAME = "Granite is an igneous rock."
 SERVE = {"timeout_s": 5, "poll_s": 0.05, "max_queries": 8, "max_query_chars": 400, "max_k": 100, "max_hits": 200}
@@ -194,6 +195,27 @@ def test_only_what_passes_a_filter_is_found(client, mode):
             assert [doc for hit in found for doc in hit["doc_ids"]] == expected
 
 
+def test_the_best_are_ordered_by_a_cross_encoder(config, tmp_path, minilm):
+    named = {"reranker": str(save_model(tmp_path / "reranker", minilm[1].path)), "rerank_depth": 5}
+    search = config.search.model_copy(update=named)
+    with served(config.model_copy(update={"search": search})) as client:
+        assert client.get("/info").json()["rerank"] is True
+        plain, ordered = (ask(client, queries=["harbour", "granite"], k=6, rerank=rerank) for rerank in (False, True))
+        assert set(ordered["took_ms"]) == {"queue", "encode", "search", "rerank", "total"}
+        for before, after in zip(plain["results"], ordered["results"], strict=True):
+            assert sorted(texts_of(before)[:5]) == sorted(texts_of(after)[:5])
+            assert texts_of(before)[5] == texts_of(after)[5]
+            scores = [hit["scores"]["rerank"] for hit in after["hits"][:5]]
+            assert scores == sorted(scores, reverse=True)
+            assert [hit["score"] for hit in after["hits"][:5]] == scores
+        answer = client.post("/v1/vector_stores/live/search", json={"query": "harbour", "max_num_results": 5}).json()
+        assert [item["content"][0]["text"] for item in answer["data"]] == texts_of(ordered["results"][0])[:5]
+        answer = client.post("/search", json={"vectors": [[1.0] * 384], "rerank": True})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "rerank")
+        many = client.post("/search", json={"queries": ["a"] * 8, "k": 26, "rerank": True})
+        assert (many.status_code, many.json()["error"]["param"]) == (422, "k")
+
+
 def test_every_passage_or_each_document_once(client, config):
     assert ask(client, queries="harbour", group="passage")["results"][0]["hits"]
     longer = ask(client, queries="harbour", group="passage", k=64)["results"][0]["hits"]
@@ -210,6 +232,7 @@ def test_every_passage_or_each_document_once(client, config):
         ({"queries": "a", "filter": {"type": "eq", "key": "topic"}}, "filter"),
         ({"queries": "a", "filter": {"type": "gt", "key": "topic", "value": True}}, "filter"),
         ({"queries": "a", "group": "author"}, "group"),
+        ({"queries": "a", "rerank": True}, "rerank"),
     ],
 )
 def test_what_cannot_be_searched_for_is_refused(client, body, param):

@@ -1,6 +1,7 @@
 """Vectors to texts and documents, from one artifact, as JSON; runs on a thread of the search pool."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pipeline.batching import Vectors
 from pipeline.errors import ConfigError
 from pipeline.exposition import Meters
 from pipeline.metrics import SEARCH_LATENCY
+from pipeline.reranking import Reranking
 from pipeline.searcher import Ask, FoundText, Hit, Queries, documents
 from pipeline.service.following import Served
 from pipeline.service.refusals import RefusedError, wrong
@@ -32,7 +34,7 @@ SHOWN_DOCUMENTS = 1000
 
 @dataclass(frozen=True)
 class Asked:
-    """What belongs to one request on its way."""
+    """What belongs to one request on its way. ``reranking``: None for none, given up at ``until`` (perf_counter)."""
 
     served: Served
     model: str
@@ -40,6 +42,13 @@ class Asked:
     include: frozenset[Include]
     started: float
     meters: Meters
+    reranking: Reranking | None = None
+    until: float = math.inf
+
+    @property
+    def depth(self) -> int:
+        """Texts that are found for each query."""
+        return self.reranking.depth(self.ask.k) if self.reranking else self.ask.k
 
     def answer(self, found: list[list[FoundText]], truncated: Sequence[int], took: dict[str, float]) -> bytes:
         """A SearchResponse as JSON."""
@@ -99,13 +108,21 @@ def _result(hit: Hit) -> VectorStoreResult:
 def _found(
     asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]
 ) -> tuple[list[list[FoundText]], Sequence[int], dict[str, float]]:
-    """Search; RefusedError 422 for a filter that the artifact has no columns for."""
+    """Search and re-rank; RefusedError 422 for a filter that the artifact has no columns for."""
     began = time.perf_counter()
     try:
-        found = asked.served.opened.searcher.ask(queries, asked.ask)
+        found = asked.served.opened.searcher.ask(queries, replace(asked.ask, k=asked.depth))
     except ConfigError as error:
         raise wrong("filter", str(error).removeprefix("filter: ")) from error
-    return found, truncated, took | {"search": time.perf_counter() - began}
+    searched = time.perf_counter()
+    took = took | {"search": searched - began}
+    if asked.reranking is None or queries.texts is None:
+        return found, truncated, took
+    ordered = []
+    for number, (query, texts) in enumerate(zip(queries.texts, found, strict=True)):
+        share = (asked.until - time.perf_counter()) / (len(found) - number)
+        ordered.append(asked.reranking.order(query, texts, asked.ask.k, max(share, 0.0)))
+    return ordered, truncated, took | {"rerank": time.perf_counter() - searched}
 
 
 def similar(asked: Asked, doc_id: str, passage: int) -> bytes:

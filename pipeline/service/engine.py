@@ -17,6 +17,7 @@ from pipeline.exposition import Meters
 from pipeline.live import open_uri, query_spec
 from pipeline.metrics import SERVICE
 from pipeline.operating import pick
+from pipeline.reranking import NOT_NAMED, Reranking
 from pipeline.searcher import Ask, Queries
 from pipeline.service import answers
 from pipeline.service.answers import Answering, Asked, unit
@@ -27,6 +28,8 @@ from pipeline.service.schemas import Include, Info, SearchRequest, VectorStoreSe
 from pipeline.service.searches import Searches
 
 Answer = TypeVar("Answer")
+RERANKING_SHARE = 0.8
+"""Re-ranking ends after so much of a request's time, with what it has: it must not go on when nobody waits any more."""
 LIVE = "live"
 """How OpenAI's clients call the artifact that serves: the id of a vector store."""
 
@@ -51,6 +54,9 @@ class Engine:
             raise ConfigError("serve: give -c FILE for the live artifact, or --artifact URI")
         self.encoder = QueryEncoder(query_spec(self.current.served.opened, config), self.limits.queue, self.meters)
         self.model = model_name(self.current.served.opened.spec.model)
+        self._reranking = Reranking(self._search, trust_remote_code=config is not None and config.encoder.trust_remote_code)
+        if self._reranking.is_named:
+            self._reranking.load()
         self._searches = Searches(self.limits.threads, self.limits.queue, self.meters)
         if self._follower:
             self._follower.start()
@@ -71,7 +77,8 @@ class Engine:
         version = self.current.served.version
         if store not in {LIVE, version}:
             raise RefusedError(404, "vector_store_not_found", f"{store[:100]} is not here, {LIVE} and {version} are", "id")
-        inner = SearchRequest(queries=request.query, k=request.max_num_results, filter=request.filters)
+        rerank = self._reranking.is_named and request.ranking_options.ranker != "none"
+        inner = SearchRequest(queries=request.query, k=request.max_num_results, filter=request.filters, rerank=rerank)
         return await self._searched(inner, answers.paged(request.ranking_options.score_threshold))
 
     async def _searched(self, request: SearchRequest, answer: Answering) -> bytes:
@@ -80,8 +87,8 @@ class Engine:
         truncated: tuple[int, ...] = ()
         count = len(texts if texts is not None else request.vectors or ())
         self._check_count(count, "queries" if texts is not None else "vectors")
-        if count * asked.ask.k > self.limits.max_hits:
-            raise wrong("k", f"{count} queries times k {asked.ask.k} are more than {self.limits.max_hits} hits; ask for less")
+        if count * asked.depth > self.limits.max_hits:
+            raise wrong("k", f"{count} queries times k {asked.depth} are more than {self.limits.max_hits} hits; ask for less")
         if texts is None:
             queries = Queries(unit(request.vectors or [], self.encoder.dim))
         elif asked.ask.mode == "lexical":
@@ -124,7 +131,7 @@ class Engine:
             passages=manifest.counts["passages"],
             documents=manifest.counts["documents"],
             modes=["dense", "lexical", "hybrid"] if served.opened.searcher.lexical else ["dense"],
-            rerank=False,
+            rerank=self._reranking.is_named,
             columns=list(manifest.columns),
             recall=manifest.evaluation.recall,
             recall_k=manifest.evaluation.k,
@@ -154,7 +161,13 @@ class Engine:
         if mode != "dense" and request.vectors is not None:
             raise wrong("mode", f"{mode} needs queries as texts, vectors have no words")
         ask = Ask(k, point, mode, request.filter, request.group, None, self._search.fusion, self._search.dense_weight)
-        return Asked(served, self.model, ask, frozenset(include), time.perf_counter(), self.meters)
+        if request.rerank and not self._reranking.is_named:
+            raise wrong("rerank", NOT_NAMED.removeprefix("rerank: "))
+        if request.rerank and request.vectors is not None:
+            raise wrong("rerank", "a cross-encoder needs queries as texts")
+        started = time.perf_counter()
+        reranking, until = self._reranking if request.rerank else None, started + RERANKING_SHARE * self.limits.timeout_s
+        return Asked(served, self.model, ask, frozenset(include), started, self.meters, reranking, until)
 
     async def _encoded(self, texts: Sequence[str], param: str, started: float) -> QueryVectors:
         self._check_texts(texts, param)
