@@ -6,7 +6,8 @@ Nothing is read that the run would not read anyway but for a few records; what n
 from dataclasses import dataclass
 
 from pipeline import layout
-from pipeline.index_plan import MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes
+from pipeline.config import Config
+from pipeline.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes
 from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES
 from pipeline.manifest import Document, Record, load, to_bytes
@@ -19,6 +20,9 @@ MIN_RATE_TOKENS = 10_000
 """Fewer tell how long an encoder takes to warm up."""
 
 ROWS_BYTES, ROW_BYTES, PASSAGE_BYTES = 80e6, 2700, 34
+LEXICAL_TOKEN_BYTES = 2.6
+"""Of a BM25 index for a token of the encoder's: 0.25 to 0.39 of them are new terms in their text (five corpora), of 8 bytes."""
+METADATA_BYTES = 14
 PLAIN_COPIES, PACKED_COPIES = 1.24, 2.0
 """Fitted to merges of 6,805 to 4.2 M passages in one to 37 files (merge.json, plan.json): all within 5 %."""
 
@@ -37,7 +41,7 @@ class Ahead:
 
     passages: int
     tokens: int
-    document_bytes: int
+    document_bytes: float
     to_encode: int
     encoders: int
     machine: str | None
@@ -78,15 +82,19 @@ def learned_rate(job: Job, machine: str | None, phase: str = "encode") -> Rate |
     return Rate(tokens / seconds, f"the last {len(used)} embedding records of {machine}")
 
 
-def sizes(plan: IndexPlan, passages: int, dim: int, document_bytes: float, limit: int) -> dict[str, int]:
-    """Bytes on disk and in memory. ``limit``: of the merge's memory."""
-    vectors = 2 * dim * passages
-    size = index_bytes(plan, passages, dim)
+def sizes(config: Config, plan: IndexPlan, ahead: Ahead, dim: int) -> dict[str, int]:
+    """Bytes on disk and in memory of what is made of a corpus."""
+    vectors, rows = 2 * dim * ahead.passages, ahead.passages
+    size = index_bytes(plan, ahead.passages, dim)
+    words = LEXICAL_TOKEN_BYTES * ahead.tokens if config.index.lexical else 0.0
+    columns = len(config.corpus.metadata)
+    metadata = rows * (ID_BYTES + METADATA_BYTES * columns) if columns else 0
+    rescored = vectors // 2 + 4 * rows if config.index.rescore == "int8" else 0
     return {
-        "embedding_bytes": vectors + KEY_BYTES * passages,
-        "artifact_bytes": round(vectors + size + document_bytes),
+        "embedding_bytes": vectors + KEY_BYTES * rows,
+        "artifact_bytes": round(vectors + rescored + size + ahead.document_bytes + words + metadata),
         "index_bytes": size,
-        "merge_memory_bytes": round(_merge_bytes(plan, passages, size, limit)),
+        "merge_memory_bytes": round(_merge_bytes(plan, rows, size, config.compute.merge_memory)),
     }
 
 
@@ -108,7 +116,7 @@ def put_forecast(job: Job, ahead: Ahead) -> Forecast:
         to_encode=ahead.to_encode,
         encode_s=tokens / rate.tokens_per_s / ahead.encoders if rate else None,
         rate_source=rate.source if rate else "no record of this encoder on this kind of machine yet",
-        **sizes(plan, ahead.passages, job.spec.dim, ahead.document_bytes, job.config.compute.merge_memory),
+        **sizes(job.config, plan, ahead, job.spec.dim),
     )
     job.storage.put(layout.run(job.run_id, PLAN), to_bytes(forecast))
     return forecast

@@ -17,7 +17,7 @@ from pipeline import layout
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, read_ids
 from pipeline.documents import deleted_keys, resolve
 from pipeline.errors import ConfigError, DataError
-from pipeline.forecast import Rate, learned_rate, sizes
+from pipeline.forecast import Ahead, Rate, learned_rate, sizes
 from pipeline.formats import count_rows
 from pipeline.index_plan import IndexPlan, choose
 from pipeline.ingestion import ingest_unit
@@ -113,7 +113,8 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float], *, full: bo
         places = np.linspace(0, len(counted.texts) - 1, min(len(counted.texts), CALIBRATION_PASSAGES)).astype(int)
         rate = Rate(calibrate([counted.texts[place] for place in places]), "passages encoded just now")
     plan = choose(job.config.index, counted.distinct, job.spec.dim)
-    made = sizes(plan, counted.distinct, job.spec.dim, counted.document_bytes, job.config.compute.merge_memory)
+    ahead = Ahead(counted.distinct, counted.tokens, counted.document_bytes, counted.distinct, 1, None)
+    made = sizes(job.config, plan, ahead, job.spec.dim)
     return Plan(
         files=len(files),
         input_bytes=sum(file.size_bytes for file, _ in files),
