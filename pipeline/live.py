@@ -19,11 +19,15 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Opened:
-    """An artifact ready to be searched, and the encoder spec that its queries need. ``hold``: on the copy of a remote one."""
+    """An artifact ready to be searched, and the encoder spec that its queries need.
+
+    ``folder``: its files on this machine. ``hold``: on the copy of a remote one.
+    """
 
     manifest: ArtifactManifest
     searcher: Searcher
     spec: EncoderSpec
+    folder: Path
     hold: Hold | None = None
 
 
@@ -74,7 +78,7 @@ def open_commit(config: Config, entry: LogEntry, current: Opened | None = None) 
 def _open(config: Config, storage: Storage, manifest: ArtifactManifest) -> Opened:
     spec = config_spec(config, manifest)
     folder, hold = _local_folder(storage, layout.artifact(manifest.version), config.search)
-    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, config.search)), spec, hold)
+    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, config.search)), spec, folder, hold)
 
 
 def open_uri(
@@ -102,7 +106,7 @@ def open_uri(
             f"{uri}: its model {spec.query_model or spec.model} runs code of its own; search with a config that has "
             "encoder.trust_remote_code: true if you trust it"
         )
-    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, search)), spec, hold)
+    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, search)), spec, folder, hold)
 
 
 def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:

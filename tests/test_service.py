@@ -568,6 +568,7 @@ def test_the_openapi_document_has_examples_and_errors(client):
     document = client.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/search", "/similar/{doc_id}", "/v1/embeddings", "/v1/models", "/healthz", "/readyz", "/info", "/metrics",
+        "/report",
     }  # fmt: skip
     assert document["components"]["schemas"]["SearchRequest"]["examples"]
     assert {"400", "408", "413", "415", "422", "429", "503"} <= set(document["paths"]["/search"]["post"]["responses"])
@@ -581,7 +582,7 @@ def test_any_request_gets_an_answer_of_the_document(client):
     calm = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
     bounded = hypothesis.settings(max_examples=20, derandomize=True, database=None, **calm)
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 9
+    assert len(operations) == 11
     for operation in operations:
         for mode in schemathesis.GenerationMode:
 

@@ -17,6 +17,7 @@ from pipeline.exposition import CONTENT_TYPE
 from pipeline.service import schemas
 from pipeline.service.engine import Engine
 from pipeline.service.gate import Gate
+from pipeline.service.page import REPORT_HEADERS, page
 from pipeline.service.refusals import RefusedError, wrong
 
 REASONS = {
@@ -32,6 +33,7 @@ REASONS = {
 }
 BODY = (400, 408, 413, 415, 422, 429, 503)
 JSON = "application/json"
+HTML = "text/html"
 
 
 def make_app(engine: Engine, token: bytes | None = None) -> ASGIApp:
@@ -54,6 +56,7 @@ def make_app(engine: Engine, token: bytes | None = None) -> ASGIApp:
     _add_search(app, engine)
     _add_openai(app, engine)
     _add_state(app, engine)
+    _add_page(app, engine)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -144,6 +147,20 @@ def _add_state(app: FastAPI, engine: Engine) -> None:
     async def metrics() -> Response:
         """Prometheus's text format."""
         return Response(engine.meters.text(), media_type=CONTENT_TYPE)
+
+
+def _add_page(app: FastAPI, engine: Engine) -> None:
+    text, headers = page()
+
+    @app.get("/", include_in_schema=False)
+    async def search_page() -> Response:
+        """The search page, which holds no data."""
+        return Response(text, headers=headers, media_type=HTML)
+
+    @app.get("/report", response_class=Response, responses={200: {"content": {HTML: {}}}} | _errors(404))
+    def report() -> Response:
+        """The report of the artifact that answers, a page that needs nothing else."""
+        return Response(engine.report(), headers=REPORT_HEADERS, media_type=HTML)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from pipeline.exposition import Meters
 from pipeline.live import open_uri, query_spec
 from pipeline.metrics import SERVICE
 from pipeline.operating import pick
+from pipeline.report import HTML
 from pipeline.reranking import NOT_NAMED, Reranking
 from pipeline.searcher import Ask, Queries
 from pipeline.service import answers
@@ -141,6 +142,13 @@ class Engine:
             version=__version__,
             limits=limits | {"max_body_bytes": float(self.limits.max_body)},
         )
+
+    def report(self) -> bytes:
+        """The page about what is served, HTML; RefusedError 404 where the artifact has none."""
+        opened = self.current.served.opened
+        if HTML not in opened.manifest.report:
+            raise RefusedError(404, "report_not_found", f"artifact {opened.manifest.version} has no {HTML}")
+        return (opened.folder / HTML).read_bytes()
 
     def _asked(self, k: int | None, include: Sequence[Include], request: SearchRequest) -> Asked:
         """The request's frame: from here on it belongs to the artifact that serves now."""

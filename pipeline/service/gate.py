@@ -16,8 +16,8 @@ from pipeline.exposition import Meters
 from pipeline.metrics import SEARCH_REQUESTS
 from pipeline.service.refusals import RefusedError
 
-OPEN = ("/healthz", "/readyz")
-"""Probes know no token, and these tell nothing of the corpus."""
+OPEN = ("/", "/healthz", "/readyz")
+"""Probes and browsers know no token, and these tell nothing of the corpus."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OTHER = "other"
 """The route of a request for none of ours: paths of strangers are no label."""
