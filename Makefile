@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## index the docstrings of the Python standard library and s
 	$(BIN)/vecmill demo
 
 test: $(INSTALLED)  ## the test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # cpu or gpu
 VARIANT ?= cpu

@@ -6,6 +6,7 @@ content security policy says so to the browser too. Plots are SVG in the colours
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from pipeline.manifest import ArtifactManifest, DataFile, Histogram, parse, to_b
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.axes import Axes
 
 HTML, JSON = "report.html", "report.json"
@@ -56,16 +58,23 @@ def stored_account(storage: Storage, manifest: ArtifactManifest) -> Account:
 
 def render(account: Account) -> bytes:
     """The page, UTF-8."""
-    import jinja2
     import markupsafe
+
+    plots = {name: markupsafe.Markup(svg) for name, svg in _plots(account).items()}  # noqa: S704 - drawn here, from numbers
+    return _template().render(account=account, plots=plots).encode()
+
+
+@cache
+def _template() -> "Template":
+    """Compiled once: that takes longer than all else of a small page."""
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"bytes": in_bytes, "seconds": in_seconds, "words": _words}
-    plots = {name: markupsafe.Markup(svg) for name, svg in _plots(account).items()}  # noqa: S704 - drawn here, from numbers
-    return environment.get_template(TEMPLATE).render(account=account, plots=plots).encode()
+    return environment.get_template(TEMPLATE)
 
 
 def in_bytes(size: float) -> str:

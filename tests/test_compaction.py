@@ -25,8 +25,13 @@ pytestmark = pytest.mark.usefixtures("alone")
 SECRET = "The patient Ottoline Quillfeather was seen on a Tuesday."
 
 
+INDEX = {"kind": "ivfpq", "nlist": 8, "m": 32}
+QUICK = {"search": {"nprobe": 8, "rescore": 10}, "evaluation": {"sample": 20}}
+"""Of hundreds of runs none needs to know how good its index is."""
+
+
 def config_of(folder, **sections):
-    return make_config(folder / "root", folder / "corpus", **{"index": {"kind": "ivfpq", "nlist": 8, "m": 32}, **sections})
+    return make_config(folder / "root", folder / "corpus", **({"index": INDEX} | QUICK | sections))
 
 
 def shards_of(config):
@@ -88,8 +93,7 @@ def test_a_shared_embedding_store_is_not_compacted(tmp_path):
         upkeep.collect(config, 1, -1.0, compact=True)
 
 
-@pytest.mark.parametrize("way", ["before", "after"])
-def test_compaction_killed_at_any_write_or_delete_leaves_a_root_that_works(tmp_path, monkeypatch, way):
+def test_compaction_killed_at_any_write_or_delete_leaves_a_root_that_works(tmp_path, monkeypatch):
     _, rows = nights(tmp_path, count=3)
     config = config_of(tmp_path, compute={"lease_ttl_s": 0.1})
     shutil.copytree(tmp_path / "root", tmp_path / "untouched")
@@ -97,7 +101,7 @@ def test_compaction_killed_at_any_write_or_delete_leaves_a_root_that_works(tmp_p
         shutil.rmtree(tmp_path / "root")
         shutil.copytree(tmp_path / "untouched", tmp_path / "root")
         with monkeypatch.context() as patch:
-            count_changes(patch, fatal, way)
+            count_changes(patch, fatal)
             try:
                 upkeep.collect(config, 1, -1.0, compact=True)
             except (Killed, StorageError):
@@ -184,16 +188,15 @@ def test_purge_erases_what_deletes_only_hide(tmp_path, mode):
     assert (grown.encoded, grown.live.counts["documents"], grown.committed) == (5, 54, True)
 
 
-def count_changes(patch, fatal, way):
+def count_changes(patch, fatal):
     """Writes and deletes are counted together; the one numbered ``fatal`` ends in the given way."""
     delete = Storage.delete
-    writes = Writes(patch, fatal, way)
+    writes = Writes(patch, fatal)
     counted = writes._counted(lambda storage, path, _: delete(storage, path))
     patch.setattr(Storage, "delete", lambda storage, path: counted(storage, path, b""))
 
 
-@pytest.mark.parametrize("way", ["before", "after"])
-def test_purge_killed_at_any_write_or_delete_is_finished_by_the_same_command(tmp_path, monkeypatch, way):
+def test_purge_killed_at_any_write_or_delete_is_finished_by_the_same_command(tmp_path, monkeypatch):
     rows = [*sentences(40), {"id": "patient-7", "text": SECRET}, {"id": "p8", "text": ""}]
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
     write_jsonl(tmp_path / "gone.jsonl", [{"id": "d3"}])
@@ -207,7 +210,7 @@ def test_purge_killed_at_any_write_or_delete_is_finished_by_the_same_command(tmp
         shutil.rmtree(tmp_path / "root")
         shutil.copytree(tmp_path / "untouched", tmp_path / "root")
         with monkeypatch.context() as patch:
-            count_changes(patch, fatal, way)
+            count_changes(patch, fatal)
             try:
                 purge(config, ["patient-7", "p8"])
             except (Killed, StorageError):

@@ -4,6 +4,7 @@ Some tenths of a second.
 """
 
 import contextlib
+import gc
 import hashlib
 from collections.abc import Iterator
 
@@ -18,14 +19,17 @@ from pipeline.stages.cluster import Cluster
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``reindex`` and its parts run in this process."""
+    gc.freeze()  # every merge collects garbage: not among all that tests and libraries keep
     monkeypatch.setattr(run, "connected", _connected)
     monkeypatch.setattr(report, "_plots", lambda _account: {"tokens": "", "recall": ""})
     monkeypatch.setattr(ingest, "_run", _ingest)
     monkeypatch.setattr(embed, "_run", _embed)
     monkeypatch.setattr(index, "run_one", lambda task, *arguments, cpus: task(*arguments))
     monkeypatch.setattr(index, "run_all", lambda task, calls, cpus, done: [done(task(*call)) for call in calls])
+    yield
+    gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from tests.faults.alone import alone as alone  # a fixture
 
 pytestmark = pytest.mark.usefixtures("alone")
 
-WAYS = ("before", "after", "torn", "refused", "reply lost")
-KILLED = {"before", "after", "torn"}
+WAYS = ("before", "torn", "refused", "reply lost")
+"""Killed after a write leaves what killed before the next one leaves."""
+KILLED = {"before", "torn"}
 FATES = ("documents", "rejected", "duplicates", "replaced", "deleted")
 WRITES = ("put", "create", "adopt")
 TTL_S = 0.1
@@ -75,7 +76,7 @@ class Writes:
                 folder = Path(storage.at(path)).parent
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f".tmp-{self.count}").write_bytes(half[: len(half) // 2])
-            if self.way in {"after", "reply lost"}:
+            if self.way == "reply lost":
                 write(storage, path, data)
             raise Killed if self.is_dead else StorageError(f"{storage.at(path)}: the storage is away")
 
