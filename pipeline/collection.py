@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.index_parts import Parts
 from pipeline.manifest import Merged
-from pipeline.recall import Matrix, Ordinals, rescore, top
+from pipeline.recall import Matrix, Ordinals, exact_search, rescore, top
 from pipeline.vectors import INT8, VECTORS, Int8Vectors, Readahead, Vectors, gather, open_vectors
 
 MIN_NEIGHBOURS = 10
@@ -24,7 +24,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Collection:
-    """``vectors``: (n, dim) float16. ``rescorer``: what candidates are re-scored from, None where nothing is."""
+    """``vectors``: (n, dim) float16 of a whole artifact, of which ``index`` may hold a range of ordinals.
+
+    ``rescorer``: what candidates are re-scored from, None where nothing is.
+    """
 
     index: Parts
     vectors: Vectors
@@ -42,17 +45,25 @@ class Collection:
         if allowed is not None:
             count = int(np.count_nonzero(allowed))
             if count * queries.shape[1] <= EXACT_FLOATS or not self.index.can_select:
-                return self._exact(queries, k, np.flatnonzero(allowed))
-            nprobe = math.ceil(nprobe * len(allowed) / count)
+                return self._nearest(queries, k, np.flatnonzero(allowed))
+            nprobe = math.ceil(nprobe * len(self.index.ordinals) / count)
         if rescoring == 0 or self.rescorer is None:
             return self.index.search(queries, k, nprobe, allowed)
-        depth = min(width(k, rescoring), len(self.vectors))
+        depth = min(width(k, rescoring), len(self.index.ordinals))
         _, candidates = self.index.search(queries, depth, nprobe, allowed)
         with self.readahead.reading(candidates) if self.readahead else contextlib.nullcontext():
             scores, ordinals = rescore(self.rescorer, queries, candidates, k)
         return scores, np.where(np.isfinite(scores), ordinals, -1)
 
-    def _exact(self, queries: Matrix, k: int, chosen: Ordinals) -> tuple[Matrix, Ordinals]:
+    def exact(self, queries: Matrix, k: int, allowed: Mask | None = None) -> tuple[Matrix, Ordinals]:
+        """The same by brute force over the stored vectors."""
+        if allowed is not None:
+            return self._nearest(queries, k, np.flatnonzero(allowed))
+        held = self.index.ordinals
+        scores, rows = exact_search(self.vectors[held.start : held.stop], queries, k)
+        return scores, rows + held.start
+
+    def _nearest(self, queries: Matrix, k: int, chosen: Ordinals) -> tuple[Matrix, Ordinals]:
         """The k nearest of some ordinals by their stored vectors."""
         scores, ordinals = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         for first in range(0, len(chosen), EXACT_ROWS):

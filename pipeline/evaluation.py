@@ -81,7 +81,7 @@ def labelled(
     texts = _chosen_queries(queries, store, judgements.keys())
     asked = Queries(_encoded(spec, list(texts.values())), list(texts.values()))
     asks = {"exact": Ask(LABELLED_DEPTH, exact=True), "index": Ask(LABELLED_DEPTH)}
-    if searcher.lexical:
+    if searcher.has_lexical:
         asks |= {"lexical": Ask(LABELLED_DEPTH, mode="lexical"), "hybrid": Ask(LABELLED_DEPTH, mode="hybrid")}
     metrics = {}
     for kind, ask in asks.items():

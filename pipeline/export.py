@@ -23,7 +23,7 @@ def export(config: Config, out: str, *, as_float32: bool = False, with_text: boo
     own with the same vector. Raises ConfigError where nothing is live.
     """
     opened = open_live(config)
-    vectors = opened.searcher.collection.vectors
+    vectors = opened.partition.collection.vectors
     columns = [name for name in COLUMNS if with_text or name != "text"]
     folder, _, name = out.rpartition("/")
     if not name:
@@ -33,7 +33,7 @@ def export(config: Config, out: str, *, as_float32: bool = False, with_text: boo
     writer = None
     with tempfile.TemporaryDirectory(dir=config.compute.scratch) as scratch:
         file = Path(scratch) / "export.parquet"
-        for _, _, batch in opened.searcher.documents.batches(columns):
+        for _, _, batch in opened.partition.documents.batches(columns):
             found = vectors[batch.column("ordinal").to_numpy()]
             flat = (to_float32(found) if as_float32 else np.ascontiguousarray(found)).reshape(-1)
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1])

@@ -115,11 +115,16 @@ class Metadata:
         self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._ordinals = self._table.column("ordinal").to_numpy()
 
-    def passing(self, wanted: AnyFilter, count: int) -> "Passing":
-        """Which rows pass; ConfigError names a column that is not there. ``count``: ordinals of the artifact."""
+    def passing(self, wanted: AnyFilter, count: int, within: range | None = None) -> "Passing":
+        """Which rows pass; ConfigError names a column that is not there. ``count``: ordinals of the artifact.
+
+        ``within``: other ordinals pass nothing.
+        """
         rows = self._mask(wanted, 0)
         ordinals = np.zeros(count, dtype=bool)
         ordinals[self._ordinals[rows]] = True
+        if within is not None:
+            ordinals[: within.start] = ordinals[within.stop :] = False
         return Passing(ordinals, rows, self._ordinals)
 
     def _mask(self, wanted: AnyFilter, depth: int) -> Mask:

@@ -33,6 +33,14 @@ class Parts:
         """Inverted lists; 0 for an index without."""
 
     @property
+    def ordinals(self) -> range:
+        """Those of all files, which follow each other."""
+        if not self._parts:
+            return range(0)
+        last, first = self._parts[-1]
+        return range(self._parts[0][1], first + last.ntotal)
+
+    @property
     def can_select(self) -> bool:
         """Whether a search can be held to some ordinals: FAISS has that for inverted lists and flat indexes, not for all."""
         flat = (isinstance(part, faiss.IndexFlat) for part, _ in self._parts)

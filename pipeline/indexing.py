@@ -29,6 +29,7 @@ from pipeline.manifest import (
     to_bytes,
 )
 from pipeline.merging import local_files, trained_bytes
+from pipeline.partition import LocalPartition
 from pipeline.searcher import Searcher
 from pipeline.shards import Keys, read_columns, read_keys
 from pipeline.vectors import Vectors
@@ -190,5 +191,5 @@ def _labelled(job: Job, merged: Merged, point: OperatingPoint) -> dict[str, dict
 
     settings = job.config.evaluation
     with local_files(job, merged) as folder:
-        searcher = Searcher(folder, merged, point)
+        searcher = Searcher([LocalPartition(folder, merged)], merged, point)
         return labelled(searcher, job.spec, settings.queries or "", settings.qrels or "", job.config.store)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.recall import Matrix, Ordinals, top
+from pipeline.recall import Matrix, Ordinals
 
 FOLDER = "bm25"
 NAMES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", "params.index.json")
@@ -92,9 +92,12 @@ def write_lexical(texts: Iterable[Sequence[str]], language: str, folder: Path) -
 
 
 class Lexical:
-    """The index of a local artifact folder; its files' hashes have been checked by the caller. Safe in several threads."""
+    """The index of a local artifact folder; its files' hashes have been checked by the caller. Safe in several threads.
 
-    def __init__(self, folder: Path, language: str, count: int) -> None:
+    ``count``: texts of the artifact. ``within``: only these ordinals are looked at; default: all.
+    """
+
+    def __init__(self, folder: Path, language: str, count: int, within: range | None = None) -> None:
         from bm25s import BM25
 
         try:
@@ -107,7 +110,10 @@ class Lexical:
             raise VerificationError(
                 f"{folder / FOLDER}: {self._index.scores['num_docs']} texts, the manifest says {count}; rebuild the artifact"
             )
-        self._count = count
+        self._scores, self._rows, self._starts = (
+            np.asarray(self._index.scores[name]) for name in ("data", "indices", "indptr")
+        )
+        self._within = range(count) if within is None else within
         self._analyzer = Analyzer(language)
 
     def search(self, queries: Sequence[str], k: int, allowed: Mask | None = None) -> tuple[Matrix, Ordinals]:
@@ -121,11 +127,29 @@ class Lexical:
             terms = [number for term in self._analyzer(query) if (number := self._index.vocab_dict.get(term)) is not None]
             if not terms:
                 continue
-            found = self._index.get_scores_from_ids(terms)
-            rows = np.flatnonzero(found if allowed is None else found * allowed)
-            best, chosen = top(found[None, rows], rows[None], k)
-            scores[row, : best.shape[1]], ordinals[row, : best.shape[1]] = best[0], chosen[0]
+            found = self._scored(terms)
+            rows = np.flatnonzero(found if allowed is None else found * allowed[self._within.start : self._within.stop])
+            best = _best(found, rows, k)
+            scores[row, : len(best)], ordinals[row, : len(best)] = found[best], best + self._within.start
         return scores, ordinals
+
+    def _scored(self, terms: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Sums of the scores of terms, for each ordinal looked at. Postings of a term are in the order of ordinals."""
+        found = np.zeros(len(self._within), dtype=np.float32)
+        bounds = np.array([self._within.start, self._within.stop], dtype=self._rows.dtype)
+        for term in terms:
+            first, end = self._starts[term], self._starts[term + 1]
+            first, end = first + np.searchsorted(self._rows[first:end], bounds)
+            found[self._rows[first:end] - bounds[0]] += self._scores[first:end]
+        return found
+
+
+def _best(scores: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """The k best of some rows, best first, equal ones by row: BM25 gives many texts the same score."""
+    if len(rows) > k:
+        limit = np.partition(scores[rows], len(rows) - k)[len(rows) - k]
+        rows = rows[scores[rows] >= limit]
+    return rows[np.lexsort((rows, -scores[rows]))[:k]]
 
 
 def _counted(texts: Sequence[str], analyzer: Analyzer, vocabulary: dict[str, int]) -> tuple[Any, npt.NDArray[np.int64]]:

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, VerificationError
 from pipeline.log import Log, LogEntry
 from pipeline.manifest import ArtifactManifest, InputFile, OperatingPoint, SnapshotManifest, load
 from pipeline.model import EncoderSpec, resolve_spec
+from pipeline.partition import LocalPartition
 from pipeline.publish import committed_artifact, require_live
 from pipeline.searcher import Searcher
 from pipeline.storage import Storage
@@ -19,14 +20,18 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Opened:
-    """An artifact ready to be searched, and the encoder spec that its queries need.
-
-    ``folder``: its files on this machine. ``hold``: on the copy of a remote one.
-    """
+    """An artifact ready to be searched, wherever its partitions are, and the encoder spec that its queries need."""
 
     manifest: ArtifactManifest
     searcher: Searcher
     spec: EncoderSpec
+
+
+@dataclass(frozen=True)
+class OpenedHere(Opened):
+    """One that lies here as a whole. ``folder``: its files; ``hold``: on the copy of a remote one."""
+
+    partition: LocalPartition
     folder: Path
     hold: Hold | None = None
 
@@ -53,7 +58,7 @@ def known_files(storage: Storage) -> tuple[InputFile, ...]:
     return ()
 
 
-def open_live(config: Config) -> Opened:
+def open_live(config: Config) -> OpenedHere:
     """Open what the last commit names; the config's encoder must be of its space. ConfigError where nothing is live."""
     storage = Storage(config.root, config.store)
     return _open(config, storage, require_live(storage))
@@ -75,10 +80,18 @@ def open_commit(config: Config, entry: LogEntry, current: Opened | None = None) 
     return _open(config, storage, manifest)
 
 
-def _open(config: Config, storage: Storage, manifest: ArtifactManifest) -> Opened:
+def _open(config: Config, storage: Storage, manifest: ArtifactManifest) -> OpenedHere:
     spec = config_spec(config, manifest)
     folder, hold = _local_folder(storage, layout.artifact(manifest.version), config.search)
-    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, config.search)), spec, folder, hold)
+    return _opened_here(folder, manifest, config.search, spec, hold)
+
+
+def _opened_here(
+    folder: Path, manifest: ArtifactManifest, search: SearchConfig, spec: EncoderSpec, hold: Hold | None
+) -> OpenedHere:
+    partition = LocalPartition(folder, manifest)
+    searcher = Searcher([partition], manifest, search_point(manifest, search))
+    return OpenedHere(manifest, searcher, spec, partition, folder, hold)
 
 
 def open_uri(
@@ -88,7 +101,7 @@ def open_uri(
     *,
     trust_remote_code: bool = False,
     verified: bool = False,
-) -> Opened:
+) -> OpenedHere:
     """Open an artifact folder wherever it is; the model named in its manifest must be on this machine.
 
     ``trust_remote_code``: whether that model may run code of its own, which an artifact cannot decide for you. ``verified``:
@@ -106,7 +119,7 @@ def open_uri(
             f"{uri}: its model {spec.query_model or spec.model} runs code of its own; search with a config that has "
             "encoder.trust_remote_code: true if you trust it"
         )
-    return Opened(manifest, Searcher(folder, manifest, search_point(manifest, search)), spec, folder, hold)
+    return _opened_here(folder, manifest, search, spec, hold)
 
 
 def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:

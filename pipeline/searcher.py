@@ -1,23 +1,22 @@
-"""An index with its texts and documents, memory-mapped: queries in, documents out."""
+"""Queries in, documents out: the rankings of an artifact's partitions, merged, fused and rolled up to documents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.collection import open_collection
-from pipeline.document_files import Documents
 from pipeline.errors import ConfigError
-from pipeline.filters import METADATA, AnyFilter, Metadata, Passing
+from pipeline.filters import AnyFilter
 from pipeline.fusion import Fusion, fuse
-from pipeline.lexical import Lexical
 from pipeline.manifest import Merged, OperatingPoint
-from pipeline.recall import Matrix, Ordinals, exact_search
+from pipeline.partition import Depth, Found, Partition, Row, best_of
+from pipeline.recall import Matrix, Ordinals
 
 Mode = Literal["dense", "lexical", "hybrid"]
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""How a function is called with each of several values: ``map``, or that of a pool of threads."""
 FUSED_DEPTH = 100
 """Passages of each ranking that are fused, at least: what one ranking has on top, the other may have far below."""
 
@@ -88,29 +87,17 @@ class Ask:
 
 
 class Searcher:
-    """Opens the data files of a local artifact folder; hashes nothing (``artifact.verify`` does).
+    """Asks the partitions of an artifact and makes one answer of theirs.
 
-    ``point``: the search settings used where a call names none; it may be set later.
+    ``point``: the search settings used where a call names none; it may be set later. ``each``: how partitions are asked, one
+    after the other or side by side.
     """
 
-    def __init__(self, folder: Path, merged: Merged, point: OperatingPoint) -> None:
+    def __init__(self, partitions: Sequence[Partition], merged: Merged, point: OperatingPoint, each: Each = map) -> None:
         self.point = point
-        self.collection = open_collection(folder, merged)
-        self.documents = Documents(folder, merged.documents)
-        self.lexical = Lexical(folder, merged.lexical, len(self.collection.vectors)) if merged.lexical else None
-        self.metadata = Metadata(folder / METADATA, merged.columns) if merged.columns else None
-
-    def neighbours(
-        self, queries: Matrix, k: int, *, nprobe: int | None = None, rescoring: int | None = None
-    ) -> tuple[Matrix, Ordinals]:
-        """Scores and ordinals of the k nearest passages, (q, k), -1 padded; settings default to the measured point."""
-        nprobe = self.point.nprobe if nprobe is None else nprobe
-        rescoring = self.point.rescore if rescoring is None else rescoring
-        return self.collection.search(queries, k, nprobe=nprobe, rescoring=rescoring)
-
-    def exact_neighbours(self, queries: Matrix, k: int) -> tuple[Matrix, Ordinals]:
-        """The same by brute force over the stored vectors."""
-        return exact_search(self.collection.vectors, queries, k)
+        self.has_lexical = merged.lexical is not None
+        self._partitions = partitions
+        self._each = each
 
     def search(self, vectors: Matrix, k: int, *, exact: bool = False) -> list[list[Hit]]:
         """The k best documents for each query vector, each by its best passage; those of one text have one score."""
@@ -123,80 +110,66 @@ class Searcher:
         Looks at more passages until k are found or there are no more. Raises ConfigError where the artifact has not what is
         asked for.
         """
-        passing = self._passing(ask.filter)
         answers: list[list[FoundText]] = [[] for _ in range(len(queries))]
-        pending = [] if passing is not None and not passing.count else list(range(len(queries)))
+        pending = list(range(len(queries)))
         depth, lists = ask.k, (ask.point or self.point).nprobe
         while pending:
-            ranked = self._ranked(queries.at(pending), ask, passing, depth, lists)
+            ranked = self._ranked(queries.at(pending), ask, depth, lists)
             short = []
-            for number, ranking in zip(pending, ranked, strict=True):
-                answers[number] = self._rolled_up(ranking, ask, passing)
-                if len(answers[number]) < ask.k and not ranking.is_all:
+            for number, ranking, texts in zip(pending, ranked, self._rolled_up(ranked, ask), strict=True):
+                answers[number] = texts
+                if len(texts) < ask.k and not ranking.is_all:
                     short.append(number)
             pending, depth, lists = short, 2 * depth, 2 * lists
         return answers
 
-    def _passing(self, wanted: AnyFilter | None) -> Passing | None:
-        if wanted is None:
-            return None
-        if self.metadata is None:
-            raise ConfigError("filter: the artifact has no metadata; name columns in corpus.metadata and run vecmill reindex")
-        return self.metadata.passing(wanted, len(self.collection.vectors))
+    def vector_of(self, doc_id: str, passage: int) -> Matrix | None:
+        """The stored vector of a document's passage, (1, dim); None where there is none. Reads the ids of all documents."""
+        vectors = self._of_each(lambda partition: partition.vector_of(doc_id, passage))
+        return next((vector for vector in vectors if vector is not None), None)
 
-    def _ranked(self, queries: Queries, ask: Ask, passing: Passing | None, depth: int, lists: int) -> "list[_Ranked]":
+    def _of_each(self, question: Callable[[Partition], Any]) -> list[Any]:
+        return list(self._each(question, self._partitions))
+
+    def _ranked(self, queries: Queries, ask: Ask, depth: int, lists: int) -> "list[_Ranked]":
         """The passages of each query: ``depth`` or all that can be found, of each ranking that ``ask.mode`` needs."""
         if ask.mode == "hybrid":
             depth = max(depth, FUSED_DEPTH)
-        dense = self._dense(queries, ask, passing, depth, lists) if ask.mode != "lexical" else []
-        lexical = self._lexical(queries, passing, depth) if ask.mode != "dense" else []
+        dense = self._dense(queries, ask, depth, lists) if ask.mode != "lexical" else []
+        lexical = self._lexical(queries, ask, depth) if ask.mode != "dense" else []
         if ask.mode != "hybrid":
             return dense or lexical
         weights = (ask.dense_weight, 1 - ask.dense_weight)
         return [_fused(pair, weights, ask.fusion) for pair in zip(dense, lexical, strict=True)]
 
-    def _dense(self, queries: Queries, ask: Ask, passing: Passing | None, depth: int, lists: int) -> "list[_Ranked]":
-        if queries.vectors is None:
+    def _dense(self, queries: Queries, ask: Ask, depth: int, lists: int) -> "list[_Ranked]":
+        vectors = queries.vectors
+        if vectors is None:
             raise ConfigError(f"mode {ask.mode}: needs vectors of the queries")
-        allowed, available = (passing.ordinals, passing.count) if passing else (None, len(self.collection.vectors))
-        if ask.exact:
-            scores, ordinals = self.exact_neighbours(queries.vectors, depth)
-        else:
-            rescoring = (ask.point or self.point).rescore
-            scores, ordinals = self.collection.search(
-                queries.vectors, depth, nprobe=lists, rescoring=rescoring, allowed=allowed
-            )
-        is_whole = ask.exact or lists >= self.collection.index.lists
-        return [_one("dense", *row, available, is_whole=is_whole) for row in zip(scores, ordinals, strict=True)]
+        deep = Depth(depth, lists, (ask.point or self.point).rescore, ask.exact)
+        return _by_query("dense", self._of_each(lambda each: each.dense(vectors, deep, ask.filter)), depth)
 
-    def _lexical(self, queries: Queries, passing: Passing | None, depth: int) -> "list[_Ranked]":
-        if self.lexical is None:
-            raise ConfigError("mode: the artifact has no lexical index; set index.lexical: true and run vecmill reindex")
-        if queries.texts is None:
+    def _lexical(self, queries: Queries, ask: Ask, depth: int) -> "list[_Ranked]":
+        texts = queries.texts
+        if texts is None:
             raise ConfigError("mode: lexical and hybrid search need texts, vectors have no words")
-        scores, ordinals = self.lexical.search(queries.texts, depth, passing.ordinals if passing else None)
-        count = len(self.collection.vectors)
-        return [_one("lexical", *row, count, is_whole=True) for row in zip(scores, ordinals, strict=True)]
+        return _by_query("lexical", self._of_each(lambda each: each.lexical(texts, depth, ask.filter)), depth)
 
-    def _rolled_up(self, ranked: "_Ranked", ask: Ask, passing: Passing | None) -> list[FoundText]:
-        rows = self.documents.rows(ranked.ordinals)
-        texts: list[FoundText] = []
-        seen = {ask.without}
-        for score, ordinal in zip(ranked.scores.tolist(), ranked.ordinals.tolist(), strict=True):
-            found = rows[ordinal]
-            if passing is not None:
-                found = [row for row, passes in zip(found, passing.documents(ordinal), strict=True) if passes]
-            hits = []
-            for row in found:
-                if row["doc_id"] not in seen:
-                    if ask.group == "document":
-                        seen.add(row["doc_id"])
-                    hits.append(_hit(len(texts) + 1, score, row))
-            if hits:
-                texts.append(FoundText(len(texts) + 1, score, hits[0].text, tuple(hits), ranked.scores_of(ordinal)))
-            if len(texts) == ask.k:
-                break
-        return texts
+    def _rolled_up(self, ranked: "Sequence[_Ranked]", ask: Ask) -> list[list[FoundText]]:
+        """The texts of each ranking, whose documents are read for all of them together."""
+        answers = [_Answer(each, ask) for each in ranked]
+        while wanted := {ordinal for answer in answers for ordinal in answer.wanted()}:
+            rows = self._rows(np.array(sorted(wanted)), ask)
+            for answer in answers:
+                answer.take(rows)
+        return [answer.texts for answer in answers]
+
+    def _rows(self, ordinals: Ordinals, ask: Ask) -> dict[int, list[Row]]:
+        held = [each.ordinals for each in self._partitions]
+        chosen = [ordinals[(ordinals >= own.start) & (ordinals < own.stop)] for own in held]
+        asked = [(each, mine) for each, mine in zip(self._partitions, chosen, strict=True) if len(mine)]
+        found = self._each(lambda one: one[0].rows(one[1], ask.filter), asked)
+        return {ordinal: rows for part in found for ordinal, rows in part.items()}
 
 
 @dataclass(frozen=True)
@@ -212,12 +185,15 @@ class _Ranked:
         return {name: scores[ordinal] for name, scores in self.parts.items() if ordinal in scores}
 
 
-def _one(name: str, scores: npt.NDArray[np.float32], ordinals: Ordinals, available: int, *, is_whole: bool) -> _Ranked:
-    """A row of a search, -1 padded. ``is_whole``: nothing more can be found where it is padded."""
-    depth, count = len(ordinals), int(np.count_nonzero(ordinals >= 0))
-    scores, ordinals = scores[:count], ordinals[:count]
-    is_all = count >= available or (is_whole and count < depth)
-    return _Ranked(scores, ordinals, {name: dict(zip(ordinals.tolist(), scores.tolist(), strict=True))}, is_all)
+def _by_query(name: str, found: Sequence[Found], depth: int) -> list[_Ranked]:
+    """The ranking of each query over all partitions."""
+    best = best_of(found, depth)
+    ranked = []
+    for scores, ordinals, is_all in zip(best.scores, best.ordinals, best.is_all.tolist(), strict=True):
+        count = int(np.count_nonzero(ordinals >= 0))
+        scored = dict(zip(ordinals[:count].tolist(), scores[:count].tolist(), strict=True))
+        ranked.append(_Ranked(scores[:count], ordinals[:count], {name: scored}, is_all))
+    return ranked
 
 
 def _fused(pair: tuple[_Ranked, _Ranked], weights: tuple[float, float], how: Fusion) -> _Ranked:
@@ -226,12 +202,43 @@ def _fused(pair: tuple[_Ranked, _Ranked], weights: tuple[float, float], how: Fus
     return _Ranked(scores, ordinals, parts, all(each.is_all for each in pair))
 
 
+class _Answer:
+    """The texts of one ranking, made from its top as far as ``ask.k`` needs it."""
+
+    def __init__(self, ranked: _Ranked, ask: Ask) -> None:
+        self.texts: list[FoundText] = []
+        self._ranked = ranked
+        self._ask = ask
+        self._seen = {ask.without}
+        self._place = 0
+
+    def wanted(self) -> list[int]:
+        """The ordinals whose documents come next; none when all is there."""
+        missing = self._ask.k - len(self.texts)
+        return cast(list[int], self._ranked.ordinals[self._place : self._place + missing].tolist())
+
+    def take(self, rows: dict[int, list[Row]]) -> None:
+        """Go on with the documents of the ordinals that were wanted."""
+        for ordinal in self.wanted():
+            score = float(self._ranked.scores[self._place])
+            self._place += 1
+            hits = []
+            for row in rows[ordinal]:
+                if row["doc_id"] not in self._seen:
+                    if self._ask.group == "document":
+                        self._seen.add(row["doc_id"])
+                    hits.append(_hit(len(self.texts) + 1, score, row))
+            if hits:
+                scores = self._ranked.scores_of(ordinal)
+                self.texts.append(FoundText(len(self.texts) + 1, score, hits[0].text, tuple(hits), scores))
+
+
 def documents(texts: Sequence[FoundText]) -> list[Hit]:
     """The documents of answers in their order, as hits of their own."""
     hits = [hit for text in texts for hit in text.documents]
     return [replace(hit, rank=rank) for rank, hit in enumerate(hits, 1)]
 
 
-def _hit(rank: int, score: float, row: dict[str, Any]) -> Hit:
+def _hit(rank: int, score: float, row: Row) -> Hit:
     names = ("doc_id", "passage", "start", "end", "text", "source_uri", "source_row", "metadata")
     return Hit(rank, score, *(row[name] for name in names))

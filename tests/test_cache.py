@@ -50,7 +50,7 @@ def test_a_copy_is_made_once_and_is_whole(tmp_path, artifacts, monkeypatch):
     monkeypatch.setattr(Storage, "fetch", None)
     two = open_uri(artifacts[0], search)
     assert len(copies(tmp_path / "cache")) == 2  # the copy and its lock
-    answers = [opened.searcher.search(opened.searcher.collection.vectors[:3].astype("float32"), 3) for opened in (one, two)]
+    answers = [opened.searcher.search(opened.partition.collection.vectors[:3].astype("float32"), 3) for opened in (one, two)]
     assert answers[0] == answers[1]
 
 
@@ -79,7 +79,7 @@ def test_the_longest_unused_go_but_none_that_is_open(tmp_path, artifacts):
 def test_one_that_is_larger_than_all_the_room_is_kept(tmp_path, artifacts):
     search = SearchConfig(cache_dir=str(tmp_path / "cache"), cache_size=1)
     opened = open_uri(artifacts[0], search)
-    assert len(opened.searcher.search(opened.searcher.collection.vectors[:1].astype("float32"), 3)[0]) == 3
+    assert len(opened.searcher.search(opened.partition.collection.vectors[:1].astype("float32"), 3)[0]) == 3
     assert len(copies(tmp_path / "cache")) == 2
 
 
@@ -92,7 +92,7 @@ def test_what_a_killed_process_left_is_no_copy(tmp_path, artifacts):
     next(file for file in (cache / f".tmp-{name}").iterdir() if file.name == "vectors.f16").write_bytes(b"torn")
     opened = open_uri(artifacts[0], SearchConfig(cache_dir=str(cache)))
     assert copies(cache) == [name, lock]
-    assert opened.searcher.collection.vectors.shape[0] == 30
+    assert opened.partition.collection.vectors.shape[0] == 30
 
 
 def test_a_damaged_or_missing_file_is_named_and_nothing_is_kept(tmp_path, artifacts):
@@ -125,7 +125,7 @@ for _ in range(8):
     for number in (0, 1, 2):
         search = SearchConfig(cache_dir=cache, cache_size=int(size))
         opened = open_uri(f"{uri}/{number}", search, StoreConfig.model_validate(json.loads(store)))
-        vectors = opened.searcher.collection.vectors[:5].astype("float32")
+        vectors = opened.partition.collection.vectors[:5].astype("float32")
         assert [hits[0].score > 0.999 for hits in opened.searcher.search(vectors, 1)] == [True] * 5
 """
 

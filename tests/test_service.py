@@ -582,7 +582,7 @@ def test_any_request_gets_an_answer_of_the_document(client):
     calm = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
     bounded = hypothesis.settings(max_examples=20, derandomize=True, database=None, **calm)
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 11
+    assert len(operations) == 10
     for operation in operations:
         for mode in schemathesis.GenerationMode:
 

@@ -27,7 +27,6 @@ from pipeline.service.schemas import (
     VectorStoreResult,
     VectorStoreSearchResponse,
 )
-from pipeline.vectors import gather
 
 SHOWN_DOCUMENTS = 1000
 
@@ -128,12 +127,11 @@ def _found(
 def similar(asked: Asked, doc_id: str, passage: int) -> bytes:
     """What is near a passage of a document, less that document; RefusedError 404 where there is none."""
     searcher, began = asked.served.opened.searcher, time.perf_counter()
-    ordinal = searcher.documents.passages_of(doc_id).get(passage)
-    if ordinal is None:
+    vector = searcher.vector_of(doc_id, passage)
+    if vector is None:
         raise RefusedError(
             404, "document_not_found", f"the index has no passage {passage} of a document with this id", "doc_id"
         )
-    vector = gather(searcher.collection.vectors, np.array([ordinal]))
     found = searcher.ask(Queries(vector), replace(asked.ask, without=doc_id))
     return asked.answer(found, (), {"search": time.perf_counter() - began})
 

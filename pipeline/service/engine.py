@@ -14,7 +14,7 @@ from pipeline import __version__
 from pipeline.config import Config, SearchConfig, ServeConfig
 from pipeline.errors import ConfigError
 from pipeline.exposition import Meters
-from pipeline.live import open_uri, query_spec
+from pipeline.live import OpenedHere, open_uri, query_spec
 from pipeline.metrics import SERVICE
 from pipeline.operating import pick
 from pipeline.report import HTML
@@ -131,7 +131,7 @@ class Engine:
             max_tokens=served.opened.spec.max_tokens,
             passages=manifest.counts["passages"],
             documents=manifest.counts["documents"],
-            modes=["dense", "lexical", "hybrid"] if served.opened.searcher.lexical else ["dense"],
+            modes=["dense", "lexical", "hybrid"] if manifest.lexical else ["dense"],
             rerank=self._reranking.is_named,
             columns=list(manifest.columns),
             recall=manifest.evaluation.recall,
@@ -146,7 +146,7 @@ class Engine:
     def report(self) -> bytes:
         """The page about what is served, HTML; RefusedError 404 where the artifact has none."""
         opened = self.current.served.opened
-        if HTML not in opened.manifest.report:
+        if HTML not in opened.manifest.report or not isinstance(opened, OpenedHere):
             raise RefusedError(404, "report_not_found", f"artifact {opened.manifest.version} has no {HTML}")
         return (opened.folder / HTML).read_bytes()
 
@@ -155,16 +155,15 @@ class Engine:
         served = self.current.served
         if (k := k or min(self._search.k, self.limits.max_k)) > self.limits.max_k:
             raise wrong("k", f"k {k} is over the limit, {self.limits.max_k}; ask for less")
-        point, searcher = served.point, served.opened.searcher
+        point, manifest = served.point, served.opened.manifest
         if request.recall is not None or request.latency_ms is not None:
             try:
-                points = served.opened.manifest.evaluation.points
-                point = pick(points, recall=request.recall, latency_ms=request.latency_ms)
+                point = pick(manifest.evaluation.points, recall=request.recall, latency_ms=request.latency_ms)
             except ConfigError as error:
                 name = "recall" if request.recall is not None else "latency_ms"
                 raise wrong(name, str(error).removeprefix("--")) from error
         mode = request.mode or ("dense" if request.vectors is not None else self._search.mode)
-        if mode != "dense" and searcher.lexical is None:
+        if mode != "dense" and manifest.lexical is None:
             raise wrong("mode", f"{mode} needs a lexical index, and this artifact has none: index.lexical in its config")
         if mode != "dense" and request.vectors is not None:
             raise wrong("mode", f"{mode} needs queries as texts, vectors have no words")

@@ -55,7 +55,7 @@ class Current:
         self._meters = meters
         meters.follow(INDEX_AGE, lambda: time.time() - self.served.created)
         meters.follow(DEGRADED, lambda: float(self.degraded is not None))
-        meters.follow(INDEX_NTOTAL, lambda: float(len(self.served.opened.searcher.collection.vectors)))
+        meters.follow(INDEX_NTOTAL, lambda: float(self.served.opened.manifest.counts["passages"]))
         meters.follow(RECALL, lambda: self.served.opened.manifest.evaluation.recall)
 
     def switch(self, served: Served) -> None:

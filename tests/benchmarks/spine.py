@@ -94,7 +94,7 @@ def scifact(folder: Path) -> tuple[dict[str, Any], Any]:
             "encoded": outcome.encoded,
             "reindex_s": round(time.perf_counter() - started, 1),
         }
-        vectors = np.array(opened.searcher.collection.vectors)
+        vectors = np.array(opened.partition.collection.vectors)
     return found, vectors
 
 

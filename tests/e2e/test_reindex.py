@@ -143,10 +143,11 @@ def assert_equal_answers(config, other, *, exact):
     assert {key: one.manifest.counts[key] for key in ("documents", "passages", "rejected")} == {
         key: two.manifest.counts[key] for key in ("documents", "passages", "rejected")
     }
-    queries = one.searcher.collection.vectors[::3].astype(np.float32)
+    queries = one.partition.collection.vectors[::3].astype(np.float32)
     point = one.manifest.evaluation.point
-    scores, ordinals = one.searcher.neighbours(queries, 11)
-    _, other_ordinals = two.searcher.neighbours(queries, 11, nprobe=point.nprobe, rescoring=point.rescore)
+    how = {"nprobe": point.nprobe, "rescoring": point.rescore}
+    scores, ordinals = one.partition.collection.search(queries, 11, **how)
+    _, other_ordinals = two.partition.collection.search(queries, 11, **how)
     clear = (scores[:, :10] - scores[:, 1:]) > 1e-3
     assert clear.sum() > 500
     same = (ordinals[:, :10] == other_ordinals[:, :10])[clear].mean()

@@ -55,8 +55,8 @@ def test_job_on_s3_answers_as_on_local_files(tmp_path, s3, kind, monkeypatch):
         assert secret not in repr(said) + repr(remote) + repr(root) + second.live.model_dump_json()
 
     one, two = open_live(local), open_live(remote)
-    assert (one.searcher.collection.vectors == two.searcher.collection.vectors).all()
-    queries = one.searcher.collection.vectors[::5].astype(np.float32)
+    assert (one.partition.collection.vectors == two.partition.collection.vectors).all()
+    queries = one.partition.collection.vectors[::5].astype(np.float32)
     mine, theirs = (opened.searcher.search(queries, 10) for opened in (one, two))
     assert [[(hit.doc_id, hit.text) for hit in hits] for hits in mine] == [
         [(hit.doc_id, hit.text) for hit in hits] for hits in theirs

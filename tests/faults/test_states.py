@@ -17,9 +17,9 @@ from pipeline import layout, upkeep
 from pipeline.artifact import verify
 from pipeline.errors import ConfigError, LockedError, StorageError
 from pipeline.log import Log, writing
+from pipeline.partition import LocalPartition
 from pipeline.publish import commit, live_artifact
 from pipeline.run import reindex
-from pipeline.searcher import Searcher
 from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
@@ -46,7 +46,7 @@ class Root(RuleBasedStateMachine):
         self.corpus: dict[str, str] = {}
         self.published: dict[str, dict[str, str]] = {}
         self.live: str | None = None
-        self.reader: tuple[str, Searcher] | None = None
+        self.reader: tuple[str, LocalPartition] | None = None
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
@@ -112,7 +112,7 @@ class Root(RuleBasedStateMachine):
     def open_reader(self) -> None:
         manifest = live_artifact(self.storage)
         folder = Path(self.storage.at(layout.artifact(manifest.version)))
-        self.reader = manifest.version, Searcher(folder, manifest, manifest.evaluation.point)
+        self.reader = manifest.version, LocalPartition(folder, manifest)
 
     @invariant()
     def what_is_live_is_whole(self) -> None:
@@ -130,9 +130,9 @@ class Root(RuleBasedStateMachine):
     @invariant()
     def a_reader_keeps_its_artifact(self) -> None:
         if self.reader:
-            version, searcher = self.reader
-            everything = searcher.exact_neighbours(searcher.collection.vectors[:1].astype("float32"), MAX_DOCUMENTS)[1][0]
-            rows = [row for found in searcher.documents.rows(everything[everything >= 0]).values() for row in found]
+            version, partition = self.reader
+            everything = partition.collection.exact(partition.collection.vectors[:1].astype("float32"), MAX_DOCUMENTS)[1][0]
+            rows = [row for found in partition.documents.rows(everything[everything >= 0]).values() for row in found]
             assert {row["doc_id"]: row["text"] for row in rows} == self.published[version]
 
     def _went_live(self, version: str) -> None:
