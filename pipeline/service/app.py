@@ -148,7 +148,7 @@ def _add_page(app: FastAPI, engine: Engine) -> None:
         """The search page, which holds no data."""
         return Response(text, headers=headers, media_type=HTML)
 
-    @app.get("/report", response_class=Response, responses={200: {"content": {HTML: {}}}} | _errors(404))
+    @app.get("/report", response_class=Response, responses=_errors(404) | {200: {"content": {HTML: {}}}})
     def report() -> Response:
         """The report of the artifact that answers, a page that needs nothing else."""
         return Response(engine.report(), headers=REPORT_HEADERS, media_type=HTML)
