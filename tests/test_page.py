@@ -56,7 +56,7 @@ def corpus():
         *({"id": f"same/{number}?a=b&c#d", "text": "Granite is an igneous rock.", "kind": None} for number in range(3)),
         {"id": "文/利率", "text": "中央银行在三月份再次提高了利率。", "kind": "zh"},
         {"id": "arabic", "text": "رفع البنك المركزي أسعار الفائدة مرة أخرى في مارس.", "kind": "ar"},
-        {"id": "long", "text": "Not yet. " * 60 + "Then a kingfisher comes along. " + "And leaves. " * 20, "kind": "x"},
+        {"id": "long", "text": "Not yet. " * 30 + "Then a kingfisher comes along. " + "And leaves. " * 60, "kind": "x"},
     ]  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def test_a_refusal_is_told_in_its_own_words(page, client):
 
 
 @browser
-def test_a_service_that_is_gone_is_told_and_asked_again(config, tmp_path):
+def test_a_service_that_is_gone_is_told(config, tmp_path):
     with tab(tmp_path) as page:
         with served(config) as client:
             page.visit(f"{client.base_url}/")
