@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs.demo_corpus import write_corpus
-from jobs.options import QuietOption, VerboseOption, command, messages, progress, results
+from jobs.options import LimitOption, QuietOption, VerboseOption, command, messages, progress, results
 from jobs.search import hit_table
 from pipeline.config_file import load_config
 
@@ -32,6 +32,7 @@ QUERIES = (
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where corpus, config and index go")] = Path("vecmill-demo"),
     root: Annotated[str | None, typer.Option("--root", help="Where the index goes instead, s3:// for example")] = None,
+    limit: LimitOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -46,7 +47,7 @@ def demo(
         messages.print(f"demo: {documents} docstrings of the Python standard library in {folder}/docstrings.jsonl")
     settings = load_config(file)
     with progress(quiet=quiet) as say:
-        run.reindex(settings, say=say)
+        run.reindex(settings, limit=limit, say=say)
     asked = open_root(settings)
     for query in QUERIES:
         results.print(f"\n[bold]{query}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("RAY_ADDRESS", None)  # no test works on a cluster that is not its own
 
 import pytest
 
@@ -71,6 +72,14 @@ def local_ray(short_tmp: str) -> Iterator[None]:
     """A small local Ray that the runs of one module's tests share."""
     start_ray(short_tmp)
     yield
+
+
+@pytest.fixture
+def ray_for_programs(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small local Ray for the programs that a test starts, too: each of their own takes seconds to start and to end."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def start_ray(folder: str) -> None:

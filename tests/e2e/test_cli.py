@@ -1,7 +1,6 @@
 """The command line as a user has it: its output, its exit codes, its signals."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,9 +22,8 @@ VECMILL = Path(sys.executable).parent / "vecmill"
 
 
 def vecmill(*arguments: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [str(VECMILL), *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **options)
     assert not check or done.returncode == 0, done.stderr + done.stdout
     return done
 
@@ -86,6 +84,7 @@ def test_python_dash_m_jobs_is_the_same_program(indexed):
     assert "6 files" in done.stdout
 
 
+@pytest.mark.usefixtures("ray_for_programs")
 def test_status_verify_and_second_reindex(indexed):
     status = json.loads(vecmill("status", "-c", indexed, "--json").stdout)
     assert status["next"] == {"files": 1, "ignored_files": 0, "units": 1, "units_to_ingest": 0}
@@ -125,6 +124,7 @@ def test_plan_writes_nothing_and_is_right(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "c.yaml"]
 
 
+@pytest.mark.usefixtures("ray_for_programs")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -149,6 +149,7 @@ def test_exit_codes_and_one_line_errors(tmp_path, arguments, code, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("ray_for_programs")
 def test_locked_root_exits_4_naming_the_holder(indexed):
     storage = Storage(str(indexed.parent / "root"))
     number = len(list((indexed.parent / "root" / "log").iterdir()))
@@ -165,6 +166,7 @@ def test_locked_root_exits_4_naming_the_holder(indexed):
     storage.create(layout.log_entry(number + 1), to_bytes(entry.model_copy(update={"number": number + 1, "kind": "release"})))
 
 
+@pytest.mark.usefixtures("ray_for_programs")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_release_the_root_and_say_how_to_resume(tmp_path, number, code):
     write_jsonl(tmp_path / "a.jsonl", sentences(3000))
@@ -186,7 +188,7 @@ def test_signals_release_the_root_and_say_how_to_resume(tmp_path, number, code):
 
 @pytest.mark.timeout(400)
 def test_demo_finds_what_it_promises(tmp_path):
-    done = vecmill("demo", "--folder", tmp_path / "demo", "--root", tmp_path / "index", cwd=tmp_path)
+    done = vecmill("demo", "--folder", tmp_path / "demo", "--root", tmp_path / "index", "--limit", 1500, cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["demo.yaml", "docstrings.jsonl"]
     assert (tmp_path / "index" / "artifacts").is_dir()
     assert "parse a date written as text" in done.stdout

@@ -51,6 +51,12 @@ def real_rows():
     ]
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Embeddings for tests of what comes after: the same notes need not be encoded for each."""
+    return {"embeddings": str(tmp_path_factory.mktemp("store"))}
+
+
 def test_artifact_is_complete_and_opens_with_plain_faiss(tmp_path, real_rows):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", real_rows)
     config = make_config(tmp_path / "root", tmp_path / "corpus", corpus={"metadata": ["kind"]})
@@ -169,9 +175,9 @@ def test_equal_texts_are_encoded_once_and_all_documents_returned(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 10, 300])
 @pytest.mark.parametrize("kind", ["auto", "ivfpq"])
-def test_tiny_corpora_work_and_say_so(tmp_path, count, kind):
+def test_tiny_corpora_work_and_say_so(tmp_path, store, count, kind):
     write_jsonl(tmp_path / "a.jsonl", sentences(count))
-    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": kind})
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": kind}, store=store)
     outcome = reindex(config)
     chosen = outcome.live.index
     assert chosen.kind == ("ivfpq" if kind == "ivfpq" and count == 300 else "flat")
@@ -208,9 +214,9 @@ def test_artifact_is_relocatable(tmp_path):
     assert opened.searcher.search(encode(opened, [sentences(40)[3]["text"]]), 1)[0][0].doc_id == "d3"
 
 
-def test_every_flipped_byte_is_found(tmp_path):
+def test_every_flipped_byte_is_found(tmp_path, store):
     write_jsonl(tmp_path / "a.jsonl", sentences(300))
-    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "ivfpq"})
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "ivfpq"}, store=store)
     folder = tmp_path / "root" / layout.artifact(reindex(config).live.version)
     storage = Storage(str(folder))
     artifact.verify(storage, "")
@@ -356,21 +362,21 @@ def test_lost_ingest_record_stops_the_index_from_shrinking(tmp_path):
         parts(storage, snapshot)
 
 
-def test_more_answers_than_the_lists_visited_hold(tmp_path):
+def test_more_answers_than_the_lists_visited_hold(tmp_path, store):
     write_jsonl(tmp_path / "a.jsonl", sentences(400))
     index = {"kind": "ivfpq", "nlist": 10, "m": 32, "target_recall": 0.01}
-    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index=index, search={"nprobe": 1})
+    config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index=index, search={"nprobe": 1}, store=store)
     assert reindex(config).live.evaluation.point.nprobe == 1
     assert len(search(config, "a note on the harbour", 350)) == 350
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivfpqfs", "ivfrabitq"])
-def test_an_artifact_in_parts_answers_as_one(tmp_path, kind):
+def test_an_artifact_in_parts_answers_as_one(tmp_path, store, kind):
     write_jsonl(tmp_path / "a.jsonl", sentences(400))
 
     def config(**index):
         settings = {"index": {"kind": kind, "nlist": 8} | index, "search": {"nprobe": 4, "rescore": 10}}
-        return make_config(tmp_path / "root", tmp_path / "a.jsonl", **settings)
+        return make_config(tmp_path / "root", tmp_path / "a.jsonl", store=store, **settings)
 
     whole = reindex(config())
     assert [part.name for part in whole.live.parts] == ["index.faiss"]
@@ -388,11 +394,11 @@ def test_an_artifact_in_parts_answers_as_one(tmp_path, kind):
     assert {hit.doc_id for hit in found[:10]} == {hit.doc_id for hit in expected[:10]}
 
 
-def test_changed_target_recall_is_measured_again(tmp_path):
+def test_changed_target_recall_is_measured_again(tmp_path, store):
     write_jsonl(tmp_path / "a.jsonl", sentences(400))
     low = {"kind": "ivfpq", "nlist": 10, "m": 32, "target_recall": 0.01}
-    reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=low))
-    outcome = reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=low | {"target_recall": 0.99}))
+    reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=low, store=store))
+    outcome = reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=low | {"target_recall": 0.99}, store=store))
     assert (outcome.encoded, outcome.trained, outcome.index_shards, outcome.committed) == (0, False, 0, True)
     assert outcome.live.evaluation.recall >= 0.99
 
