@@ -93,6 +93,7 @@ def values_of(text):
     return {name: float(value) for name, _, value in lines}
 
 
+@pytest.mark.usefixtures("ray_for_programs")
 def test_a_run_writes_its_metrics_and_a_failed_one_its_exit_code(tmp_path):
     rows = [*sentences(40), {"id": "bad", "text": None}]
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)

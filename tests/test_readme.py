@@ -21,6 +21,7 @@ def blocks(language):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_for_programs")
 def test_tour_and_plain_faiss_run_as_written(tmp_path):
     commands = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(commands) >= 10

@@ -83,6 +83,7 @@ def test_a_bug_is_exit_1_with_its_text_and_a_root_that_takes_no_result_hides_not
         reindex(str(file), [f"root={tmp_path}/blocked"], quiet=True)
 
 
+@pytest.mark.usefixtures("ray_for_programs")
 def test_the_second_tick_finds_nothing_to_do_and_says_so(tmp_path, capfd):
     file = config_file(tmp_path)
     told, times = [], iter([NOON, NOON, NOON, NOON + timedelta(hours=1), NOON + timedelta(hours=1)])
