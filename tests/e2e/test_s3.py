@@ -90,7 +90,6 @@ def test_of_two_runs_at_once_one_works_and_the_other_exits_4(tmp_path, s3):
     bucket.put("corpus/a.jsonl", "".join(json.dumps(row) + "\n" for row in sentences(4000)).encode())
     keys = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret, "AWS_ENDPOINT_URL": s3.endpoint}
     environment = os.environ | keys | {"AWS_DEFAULT_REGION": "us-east-1"}
-    environment.pop("RAY_ADDRESS", None)
     settings = {"root": bucket.at("root"), "corpus": {"uri": bucket.at("corpus")}, "compute": {"lease_ttl_s": 3}}
     file = tmp_path / "c.yaml"
     file.write_text(json.dumps(settings))
