@@ -21,7 +21,7 @@ NAMES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", 
 K1, B = 1.2, 0.75
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+")
 """A word; in scripts without spaces between words a character."""
-BLOCK_ENTRIES = 1 << 20
+BLOCK_ENTRIES = 1 << 18
 MAX_REMEMBERED_WORDS = 1 << 20
 
 Mask = npt.NDArray[np.bool_]

@@ -38,6 +38,8 @@ from tests.benchmarks.spine import machine
 
 DOCUMENTS, QUERIES = 450_000, 2000
 REQUESTS, SECONDS, PUBLISHES = 1000, 10.0, 50
+EIGHTH = {"type": "eq", "key": "kind", "value": "a"}
+HUNDREDTH = {"type": "and", "filters": [EIGHTH, {"type": "gt", "key": "chars", "value": 350}]}
 SERVE = "import pipeline.service.query_encoder as each; {patch}; from jobs.__main__ import main; main()"
 
 
@@ -55,6 +57,8 @@ def main() -> None:
             "lexical": one_by_one(server, [{"queries": query, "mode": "lexical"} for query in queries]),
             "hybrid": one_by_one(server, [{"queries": query, "mode": "hybrid"} for query in queries]),
             "vectors": one_by_one(server, [{"vectors": [vector]} for vector in vectors]),
+            "filter, an eighth passes": one_by_one(server, [{"queries": query, "filter": EIGHTH} for query in queries]),
+            "filter, a hundredth passes": one_by_one(server, [{"queries": query, "filter": HUNDREDTH} for query in queries]),
         }
         found["vectors only, 32 clients"] = together(server, [{"vectors": [vector]} for vector in vectors], 32)
         found["memory"] = server.memory()
@@ -80,10 +84,14 @@ def prepared(home: Path) -> tuple[Path, list[str]]:
     if not config.exists():
         (home / "corpus").mkdir(parents=True, exist_ok=True)
         for part in range(8):
-            rows = ({"id": str(number), "text": texts[number]} for number in range(part, DOCUMENTS, 8))
+            kind = "abcdefgh"[part]
+            rows = (
+                {"id": str(number), "text": texts[number], "kind": kind, "chars": len(texts[number])}
+                for number in range(part, DOCUMENTS, 8)
+            )
             (home / "corpus" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        settings = {"root": str(home / "root"), "corpus": {"uri": str(home / "corpus")}, "index": {"lexical": True}}
-        config.write_text(json.dumps(settings))
+        corpus = {"uri": str(home / "corpus"), "metadata": ["kind", "chars"]}
+        config.write_text(json.dumps({"root": str(home / "root"), "corpus": corpus, "index": {"lexical": True}}))
     versions = {path.name for path in (home / "root" / "artifacts").glob("*/manifest.json")}
     for _ in range(2 - len(versions)):
         subprocess.run([sys.executable, "-m", "jobs", "reindex", "-q", "--rebuild", "-c", str(config)], check=True, cwd=HOME)
