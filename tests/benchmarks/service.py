@@ -92,9 +92,9 @@ def prepared(home: Path) -> tuple[Path, list[str]]:
             (home / "corpus" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         corpus = {"uri": str(home / "corpus"), "metadata": ["kind", "chars"]}
         config.write_text(json.dumps({"root": str(home / "root"), "corpus": corpus, "index": {"lexical": True}}))
-    versions = {path.name for path in (home / "root" / "artifacts").glob("*/manifest.json")}
-    for _ in range(2 - len(versions)):
-        subprocess.run([sys.executable, "-m", "jobs", "reindex", "-q", "--rebuild", "-c", str(config)], check=True, cwd=HOME)
+    made = len(list((home / "root" / "artifacts").glob("*/manifest.json")))
+    for command in (["reindex"], ["index", "--rebuild"])[made:]:
+        subprocess.run([sys.executable, "-m", "jobs", *command, "-q", "-c", str(config)], check=True, cwd=HOME)
     return config, queries[:QUERIES]
 
 
