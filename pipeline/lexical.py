@@ -135,12 +135,14 @@ class Lexical:
 
     def _scored(self, terms: Sequence[int]) -> npt.NDArray[np.float32]:
         """Sums of the scores of terms, for each ordinal looked at. Postings of a term are in the order of ordinals."""
+        start = self._within.start
         found = np.zeros(len(self._within), dtype=np.float32)
-        bounds = np.array([self._within.start, self._within.stop], dtype=self._rows.dtype)
+        bounds = np.array([start, self._within.stop], dtype=self._rows.dtype)  # of another type, all rows would be converted
         for term in terms:
             first, end = self._starts[term], self._starts[term + 1]
             first, end = first + np.searchsorted(self._rows[first:end], bounds)
-            found[self._rows[first:end] - bounds[0]] += self._scores[first:end]
+            rows = self._rows[first:end]
+            np.add.at(found, rows - start if start else rows, self._scores[first:end])
         return found
 
 
