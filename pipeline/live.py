@@ -1,18 +1,19 @@
 """The live artifact on this machine: found through the log, copied here when it is remote, opened, asked."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pipeline import layout
-from pipeline.artifact import MANIFEST, read_manifest, verify
+from pipeline.artifact import MANIFEST, read_manifest, verify, verify_file
 from pipeline.cache import Hold, cached
 from pipeline.config import Config, SearchConfig, StoreConfig
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.log import Log, LogEntry
 from pipeline.manifest import ArtifactManifest, InputFile, OperatingPoint, SnapshotManifest, load
 from pipeline.model import EncoderSpec, resolve_spec
-from pipeline.partition import LocalPartition
+from pipeline.partition import LocalPartition, ordinals_of, share_of
 from pipeline.publish import committed_artifact, require_live
 from pipeline.searcher import Searcher
 from pipeline.storage import Storage
@@ -20,20 +21,33 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Opened:
-    """An artifact ready to be searched, wherever its partitions are, and the encoder spec that its queries need."""
+    """An artifact ready to be searched, wherever its partitions are. ``spec``: its queries' encoder; ``files``: its folder."""
 
     manifest: ArtifactManifest
     searcher: Searcher
     spec: EncoderSpec
+    files: Storage
 
 
 @dataclass(frozen=True)
 class OpenedHere(Opened):
-    """One that lies here as a whole. ``folder``: its files; ``hold``: on the copy of a remote one."""
+    """One that lies here as a whole. ``hold``: on the copy of a remote one."""
 
     partition: LocalPartition
-    folder: Path
     hold: Hold | None = None
+
+
+@dataclass(frozen=True)
+class OpenedShare:
+    """A share of an artifact on this machine. ``version``: the artifact's name; ``hold``: on the copy of a remote one."""
+
+    version: str
+    partition: LocalPartition
+    hold: Hold | None
+
+
+Elsewhere = Callable[[ArtifactManifest, OperatingPoint], Searcher]
+"""Makes the searcher of an artifact whose partitions are in other processes, once they have opened it."""
 
 
 def live_snapshot(storage: Storage) -> SnapshotManifest | None:
@@ -58,16 +72,26 @@ def known_files(storage: Storage) -> tuple[InputFile, ...]:
     return ()
 
 
+def manifest_of(config: Config | None, artifact: str | None) -> ArtifactManifest:
+    """Of the artifact at a URI, else of what is live. Raises ConfigError where there is none."""
+    if artifact is not None:
+        return _manifest_at(Storage(artifact, config.store if config else None), "")[0]
+    if config is None:
+        raise ConfigError("serve: give config (a path) or artifact (a URI)")
+    return require_live(Storage(config.root, config.store))
+
+
 def open_live(config: Config) -> OpenedHere:
     """Open what the last commit names; the config's encoder must be of its space. ConfigError where nothing is live."""
     storage = Storage(config.root, config.store)
     return _open(config, storage, require_live(storage))
 
 
-def open_commit(config: Config, entry: LogEntry, current: Opened | None = None) -> Opened:
+def open_commit(config: Config, entry: LogEntry, current: Opened | None = None, elsewhere: Elsewhere | None = None) -> Opened:
     """Open what a commit names, every byte of it verified; of ``current``, where that is the same artifact measured again.
 
-    Raises VerificationError where it is broken, ConfigError where it is of another encoder than the config's.
+    With ``elsewhere`` no file is opened here but the manifest. Raises VerificationError where it is broken, ConfigError where
+    it is of another encoder than the config's.
     """
     storage = Storage(config.root, config.store)
     manifest = committed_artifact(storage, entry)
@@ -75,6 +99,10 @@ def open_commit(config: Config, entry: LogEntry, current: Opened | None = None) 
         raise VerificationError(f"{storage.uri}: commit {entry.number} names no artifact; restore log/")
     if current is not None and manifest.checksum == current.manifest.checksum:
         return replace(current, manifest=manifest)
+    if elsewhere is not None:
+        spec = config_spec(config, manifest)
+        searcher = elsewhere(manifest, search_point(manifest, config.search))
+        return Opened(manifest, searcher, spec, Storage(storage.at(layout.artifact(manifest.version)), config.store))
     if storage.is_local:  # a remote one is verified when it is copied here
         verify(storage, layout.artifact(manifest.version))
     return _open(config, storage, manifest)
@@ -91,7 +119,7 @@ def _opened_here(
 ) -> OpenedHere:
     partition = LocalPartition(folder, manifest)
     searcher = Searcher([partition], manifest, search_point(manifest, search))
-    return OpenedHere(manifest, searcher, spec, partition, folder, hold)
+    return OpenedHere(manifest, searcher, spec, Storage(str(folder)), partition, hold)
 
 
 def open_uri(
@@ -113,13 +141,45 @@ def open_uri(
         verify(storage, "")
     folder, hold = _local_folder(storage, "", search)
     manifest = read_manifest((folder / MANIFEST).read_bytes(), storage.at(MANIFEST))
+    spec = _trusted_spec(uri, manifest, trust_remote_code=trust_remote_code)
+    return _opened_here(folder, manifest, search, spec, hold)
+
+
+def open_uri_elsewhere(
+    uri: str, search: SearchConfig, store: StoreConfig | None, elsewhere: Elsewhere, *, trust_remote_code: bool = False
+) -> Opened:
+    """The same for an artifact whose partitions are in other processes."""
+    files = Storage(uri, store)
+    manifest, _ = _manifest_at(files, "")
+    spec = _trusted_spec(uri, manifest, trust_remote_code=trust_remote_code)
+    searcher = elsewhere(manifest, search_point(manifest, search))
+    return Opened(manifest, searcher, spec, files)
+
+
+def open_share(storage: Storage, folder: str, search: SearchConfig, number: int, count: int) -> OpenedShare:
+    """Open partition ``number`` of ``count`` of an artifact, its files verified: on a remote store no others are copied here.
+
+    Of the vectors it keeps its own rows, but reads the whole file, because that is what can be verified. Raises
+    VerificationError, ConfigError where the artifact cannot be cut so.
+    """
+    manifest, data = _manifest_at(storage, folder)
+    share = share_of(manifest, number, count).model_copy(update={"report": {}})
+    if not storage.is_local:
+        local, hold = cached(storage, folder, share, data, search, ordinals_of(share.parts))
+        return OpenedShare(share.version, LocalPartition(local, share), hold)
+    for name, file in share.files.items():
+        verify_file(storage, f"{folder}/{name}".lstrip("/"), file)
+    return OpenedShare(share.version, LocalPartition(Path(storage.at(folder)), share), None)
+
+
+def _trusted_spec(uri: str, manifest: ArtifactManifest, *, trust_remote_code: bool) -> EncoderSpec:
     spec = spec_of(manifest)
     if spec.trust_remote_code and not trust_remote_code:
         raise ConfigError(
             f"{uri}: its model {spec.query_model or spec.model} runs code of its own; search with a config that has "
             "encoder.trust_remote_code: true if you trust it"
         )
-    return _opened_here(folder, manifest, search, spec, hold)
+    return spec
 
 
 def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
@@ -155,18 +215,23 @@ def search_point(manifest: ArtifactManifest, search: SearchConfig) -> OperatingP
 
 def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> tuple[Path, Hold | None]:
     """The artifact as a local folder: in place, or a verified copy in the cache with what keeps it there."""
-    path = f"{folder}/{MANIFEST}".lstrip("/")
-    try:
-        data = storage.read(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{storage.at(folder)}: no {MANIFEST} there, so no artifact; check the path") from error
-    manifest = read_manifest(data, storage.at(path))
+    manifest, data = _manifest_at(storage, folder)
     if not storage.is_local:
         return cached(storage, folder, manifest, data, search)
     for name, file in manifest.all_files.items():
         if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
             raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
     return Path(storage.at(folder)), None
+
+
+def _manifest_at(storage: Storage, folder: str) -> tuple[ArtifactManifest, bytes]:
+    """The manifest in a folder, and its bytes."""
+    path = f"{folder}/{MANIFEST}".lstrip("/")
+    try:
+        data = storage.read(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{storage.at(folder)}: no {MANIFEST} there, so no artifact; check the path") from error
+    return read_manifest(data, storage.at(path)), data
 
 
 def query_spec(opened: Opened, config: Config | None) -> EncoderSpec:

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.cache import _size
 from pipeline.config import SearchConfig
 from pipeline.errors import StorageError, VerificationError
-from pipeline.live import open_uri
+from pipeline.live import open_share, open_uri
 from pipeline.run import reindex
+from pipeline.searcher import Ask, Queries, Searcher
 from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
@@ -113,6 +115,60 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path, artifacts):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"cannot be written, .*; set search\.cache_dir"):
         open_uri(artifacts[0], SearchConfig(cache_dir=str(tmp_path / "file")))
+
+
+@pytest.fixture
+def two_parts(tmp_path):
+    """An artifact with two index files and int8 vectors, on a storage that is not local."""
+    write_jsonl(tmp_path / "a.jsonl", sentences(1200))
+    index = {"kind": "ivfsq8", "nlist": 8, "partitions": 2, "rescore": "int8", "lexical": True}
+    live = reindex(make_config(tmp_path / "root", tmp_path / "a.jsonl", index=index)).live
+    here, remote = tmp_path / "root" / "artifacts" / live.version, Storage(f"memory://{tmp_path.name}/two")
+    for file in here.rglob("*.*"):
+        remote.put(file.relative_to(here).as_posix(), file.read_bytes())
+    return remote
+
+
+def test_a_share_is_copied_without_what_is_not_its_own(tmp_path, two_parts):
+    search = SearchConfig(cache_dir=str(tmp_path / "cache"))
+    whole = open_uri(two_parts.uri, SearchConfig(cache_dir=str(tmp_path / "whole")))
+    shares = [open_share(two_parts, "", search, number, 2) for number in range(2)]
+    for number, share in enumerate(shares):
+        held = share.partition.ordinals
+        (folder,) = (tmp_path / "cache").glob(f"*-{held.start}-{held.stop}")
+        assert [path.name for path in folder.glob("index*")] == [f"index-000{number}.faiss"]
+        for name, kind in (("vectors.f16", np.uint16), ("vectors.int8", np.uint8)):
+            kept, full = (np.fromfile(path / name, kind).reshape(1200, -1) for path in (folder, whole_folder(tmp_path)))
+            assert len(kept) == len(full)
+            mine = np.isin(np.arange(1200), held)
+            assert (kept[mine] == full[mine]).all()
+            assert not kept[~mine].any()
+        taken = sum(file.stat().st_blocks * 512 for file in folder.glob("vectors*"))
+        assert taken < 0.6 * sum(file.stat().st_size for file in folder.glob("vectors*"))
+        assert _size(folder) < _size(whole_folder(tmp_path))
+    searcher = Searcher([share.partition for share in shares], whole.manifest, whole.searcher.point)
+    queries = Queries(whole.partition.collection.vectors[::50].astype(np.float32), [row["text"] for row in sentences(24)])
+    for mode in ("lexical", "dense"):
+        found, expected = (each.ask(queries, Ask(5, mode=mode)) for each in (searcher, whole.searcher))
+        same = [
+            text.text == other.text for texts in zip(found, expected, strict=True) for text, other in zip(*texts, strict=True)
+        ]
+        assert np.mean(same) >= 0.99
+
+
+def whole_folder(tmp_path):
+    (folder,) = (path for path in (tmp_path / "whole").iterdir() if path.is_dir())
+    return folder
+
+
+@pytest.mark.parametrize("row", [3, 1190])
+def test_of_a_share_the_whole_of_the_vectors_is_verified(tmp_path, two_parts, row):
+    data = bytearray(two_parts.read("vectors.f16"))
+    data[row * 768] ^= 1
+    two_parts.put("vectors.f16", bytes(data))
+    with pytest.raises(VerificationError, match=r"vectors\.f16: its bytes are not"):
+        open_share(two_parts, "", SearchConfig(cache_dir=str(tmp_path / "cache")), 0, 2)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 READER = """

@@ -14,7 +14,7 @@ from pipeline import __version__
 from pipeline.config import Config, SearchConfig, ServeConfig
 from pipeline.errors import ConfigError
 from pipeline.exposition import Meters
-from pipeline.live import OpenedHere, open_uri, query_spec
+from pipeline.live import Elsewhere, Opened, open_uri, open_uri_elsewhere, query_spec
 from pipeline.metrics import SERVICE
 from pipeline.operating import pick
 from pipeline.report import HTML
@@ -31,14 +31,19 @@ from pipeline.service.searches import Searches
 Answer = TypeVar("Answer")
 RERANKING_SHARE = 0.8
 """Re-ranking ends after so much of a request's time, with what it has: it must not go on when nobody waits any more."""
+WAITING_SEARCHES = 32
+"""Searches side by side by default where others do the work."""
 LIVE = "live"
 """How OpenAI's clients call the artifact that serves: the id of a vector store."""
 
 
 class Engine:
-    """Loads the model and opens what is live, or the artifact at ``artifact``. Raises what those raise. ``close`` ends it."""
+    """Loads the model and opens what is live, or the artifact at ``artifact``. Raises what those raise. ``close`` ends it.
 
-    def __init__(self, config: Config | None, artifact: str | None = None) -> None:
+    ``elsewhere``: for an artifact whose partitions are in other processes; searches then only wait, so more go side by side.
+    """
+
+    def __init__(self, config: Config | None, artifact: str | None = None, elsewhere: Elsewhere | None = None) -> None:
         self.limits = config.serve if config else ServeConfig()
         self.meters = Meters(SERVICE)
         self._search = config.search if config else SearchConfig()
@@ -46,10 +51,14 @@ class Engine:
         if artifact is not None:
             store = config.store if config else None
             trusted = config is not None and config.encoder.trust_remote_code
-            opened = open_uri(artifact, self._search, store, trust_remote_code=trusted, verified=True)
+            opened: Opened
+            if elsewhere is not None:
+                opened = open_uri_elsewhere(artifact, self._search, store, elsewhere, trust_remote_code=trusted)
+            else:
+                opened = open_uri(artifact, self._search, store, trust_remote_code=trusted, verified=True)
             self.current = fixed(opened, self._search, self.meters)
         elif config is not None:
-            self._follower = Follower(config, self.meters)
+            self._follower = Follower(config, self.meters, elsewhere)
             self.current = self._follower.current
         else:
             raise ConfigError("serve: give -c FILE for the live artifact, or --artifact URI")
@@ -58,7 +67,8 @@ class Engine:
         self._reranking = Reranking(self._search, trust_remote_code=config is not None and config.encoder.trust_remote_code)
         if self._reranking.is_named:
             self._reranking.load()
-        self._searches = Searches(self.limits.threads, self.limits.queue, self.meters)
+        threads = self.limits.threads or (WAITING_SEARCHES if elsewhere else None)
+        self._searches = Searches(threads, self.limits.queue, self.meters)
         if self._follower:
             self._follower.start()
 
@@ -146,9 +156,9 @@ class Engine:
     def report(self) -> bytes:
         """The page about what is served, HTML; RefusedError 404 where the artifact has none."""
         opened = self.current.served.opened
-        if HTML not in opened.manifest.report or not isinstance(opened, OpenedHere):
+        if HTML not in opened.manifest.report:
             raise RefusedError(404, "report_not_found", f"artifact {opened.manifest.version} has no {HTML}")
-        return (opened.folder / HTML).read_bytes()
+        return opened.files.read(HTML)
 
     def _asked(self, k: int | None, include: Sequence[Include], request: SearchRequest) -> Asked:
         """The request's frame: from here on it belongs to the artifact that serves now."""

@@ -14,7 +14,7 @@ from datetime import datetime
 from pipeline.config import Config, SearchConfig
 from pipeline.errors import ConfigError, VecmillError
 from pipeline.exposition import Meters
-from pipeline.live import Opened, open_commit, search_point
+from pipeline.live import Elsewhere, Opened, open_commit, search_point
 from pipeline.log import Log, LogEntry
 from pipeline.manifest import OperatingPoint
 from pipeline.metrics import DEGRADED, INDEX_AGE, INDEX_NTOTAL, RECALL, SWAPS
@@ -73,14 +73,15 @@ class Current:
 class Follower:
     """Opens what is live; its thread asks the log for the next entry every ``serve.poll_s`` seconds."""
 
-    def __init__(self, config: Config, meters: Meters) -> None:
+    def __init__(self, config: Config, meters: Meters, elsewhere: Elsewhere | None = None) -> None:
         """Raises ConfigError where nothing is live, VerificationError where that is broken."""
         self._config = config
+        self._elsewhere = elsewhere
         self._log = Log(Storage(config.root, config.store))
         entry = self._log.refresh().live
         if entry is None:
             raise ConfigError(f"{config.root}: nothing is live here; run vecmill reindex first")
-        self.current = Current(_open(config, entry, None), meters)
+        self.current = Current(self._open(entry, None), meters)
         self._refused: tuple[int, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="vecmill-follower")
@@ -113,7 +114,7 @@ class Follower:
         if self._refused and self._refused[0] == entry.number and time.monotonic() < self._refused[1]:
             return
         try:
-            served = _open(self._config, entry, self.current.served)
+            served = self._open(entry, self.current.served)
         except (VecmillError, OSError) as error:
             self._refused = (entry.number, time.monotonic() + RETRY_S)
             _log.warning("commit %d is not served: %s", entry.number, error)
@@ -121,12 +122,11 @@ class Follower:
             return
         self.current.switch(served)
 
+    def _open(self, entry: LogEntry, before: Served | None) -> Served:
+        opened = open_commit(self._config, entry, before.opened if before else None, self._elsewhere)
+        return Served(opened, search_point(opened.manifest, self._config.search), entry.number)
+
 
 def fixed(opened: Opened, search: SearchConfig, meters: Meters) -> Current:
     """An artifact that is never replaced."""
     return Current(Served(opened, search_point(opened.manifest, search)), meters)
-
-
-def _open(config: Config, entry: LogEntry, before: Served | None) -> Served:
-    opened = open_commit(config, entry, before.opened if before else None)
-    return Served(opened, search_point(opened.manifest, config.search), entry.number)

@@ -26,6 +26,9 @@ class RefusedError(Exception):
         self.code = code
         self.param = param
 
+    def __reduce__(self) -> tuple[type["RefusedError"], tuple[int, str, str, str | None]]:
+        return RefusedError, (self.status, self.code, str(self), self.param)
+
     def response(self) -> Response:
         """The envelope with its status; 429 and 503 say when to come again."""
         error: dict[str, Any] = {"message": str(self), "type": KINDS.get(self.status, "invalid_request_error")}
