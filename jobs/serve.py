@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 
 TOKEN = "VECMILL_TOKEN"  # noqa: S105 - the name of a variable
 BACKLOG = 2048
+PARTITIONS = "With --ray: the index in so many deployments, for one larger than a node; at most index.partitions"
 
 
 @command
@@ -24,6 +25,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on")] = 8000,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer anybody who reaches the address")] = False,
     on_ray: Annotated[bool, typer.Option("--ray", help="Run as an application of Ray Serve")] = False,
+    partitions: Annotated[int | None, typer.Option("--partitions", min=1, help=PARTITIONS)] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Answer searches and embeddings, and follow the log: a new artifact is served without a failed request."""
@@ -32,10 +34,12 @@ def serve(
     token = os.environ.get(TOKEN)
     if not (token or no_auth or _is_loopback(host)):
         raise ConfigError(f"--host {host}: reached by others than this machine; set ${TOKEN}, or allow all with --no-auth")
+    if partitions is not None and not on_ray:
+        raise ConfigError("--partitions: each is a deployment of Ray Serve; add --ray")
     if on_ray:
         from pipeline.service import ray
 
-        what = {"config": config, "overrides": overrides or [], "artifact": artifact}
+        what = {"config": config, "overrides": overrides or [], "artifact": artifact, "partitions": partitions}
         ray.run(what | {"no_auth": no_auth or _is_loopback(host)}, host, port)
         return
     import uvicorn

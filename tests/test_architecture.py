@@ -9,9 +9,9 @@ import pytest
 HOME = Path(__file__).parent.parent
 SOURCES = sorted([*(HOME / "pipeline").rglob("*.py"), *(HOME / "jobs").rglob("*.py")])
 DOORS = {
-    "ray": {"stages", "service/ray"},
+    "ray": {"stages", "service/ray", "service/router"},
     "fastapi": {"service/app"},
-    "starlette": {"service/app", "service/gate", "service/refusals", "service/ray"},
+    "starlette": {"service/app", "service/gate", "service/refusals", "service/ray", "service/router"},
     "uvicorn": {"jobs/serve"},
     "prometheus_client": {"exposition"},
     "faiss": {"index", "index_parts", "clustering"},

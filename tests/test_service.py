@@ -626,6 +626,16 @@ def test_other_addresses_need_a_token(config_file):
     assert "--no-auth" in done.stderr
 
 
+def test_partitions_are_deployments_of_ray_serve(config_file):
+    command = [sys.executable, "-m", "jobs", "serve", "-c", str(config_file), "--partitions", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "add --ray" in done.stderr
+    done = subprocess.run([*command, "--ray"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "set index.partitions: 2" in done.stderr
+
+
 def is_up(client):
     with contextlib.suppress(httpx.TransportError):
         return client.get("/healthz").status_code == 200
