@@ -568,7 +568,7 @@ def test_the_openapi_document_has_examples_and_errors(client):
     document = client.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/search", "/similar/{doc_id}", "/v1/embeddings", "/v1/models", "/healthz", "/readyz", "/info", "/metrics",
-        "/report",
+        "/report", "/v1/vector_stores/{store}/search",
     }  # fmt: skip
     assert document["components"]["schemas"]["SearchRequest"]["examples"]
     assert {"400", "408", "413", "415", "422", "429", "503"} <= set(document["paths"]["/search"]["post"]["responses"])
