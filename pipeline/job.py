@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from pipeline import layout
 from pipeline.config import Config
+from pipeline.lexical import Analyzer
 from pipeline.manifest import Record, list_records
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 from pipeline.numerics import resolve_backend, resolve_precision
@@ -129,7 +130,12 @@ def stage(
 
 
 def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None, run_id: str | None = None) -> Job:
-    """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing."""
+    """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing.
+
+    Raises ConfigError for an unknown model, precision or language.
+    """
+    if config.index.lexical:
+        Analyzer(config.index.language)  # an unknown language is told before hours of encoding
     folder = find_model(config.encoder.model, config.encoder.revision)
     precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu, overflows=folder.overflows)
     backend = resolve_backend(config.encoder.backend, folder, on_gpu=on_gpu, precision=precision)

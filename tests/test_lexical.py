@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, VerificationError
+from pipeline.job import plan_job
 from pipeline.lexical import K1, Analyzer, B, Lexical, write_lexical
-from tests.conftest import sentences
+from tests.conftest import make_config, sentences
 
 TEXTS = [
     *(row["text"] for row in sentences(300)),
@@ -89,6 +90,9 @@ def test_an_index_without_words_finds_nothing(tmp_path, texts):
 def test_an_unknown_language_is_refused():
     with pytest.raises(ConfigError, match=r"index.language: klingon is not known; take none, or one of .*english"):
         Analyzer("klingon")
+    unknown = make_config("/nowhere/root", "/nowhere/corpus", index={"lexical": True, "language": "klingon"})
+    with pytest.raises(ConfigError, match=r"index.language: klingon"):  # before anything is read or encoded
+        plan_job(unknown, on_gpu=False)
 
 
 def test_a_damaged_index_is_refused(tmp_path):
