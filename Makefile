@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo test image image-test up down soak audit-packages lint format bench bench-encoder bench-index \
-	bench-reranker config-reference clean
+	bench-nights bench-reranker bench-service config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,11 @@ bench-reranker: $(INSTALLED)  ## train and measure a cross-encoder on SciFact; a
 	mkdir -p $(FOLDER)
 	$(BIN)/python -m pip install --quiet --target $(FOLDER)/trainer --no-deps $(TRAINER)
 	PYTHONPATH=$(FOLDER)/trainer $(BIN)/python tests/benchmarks/reranker.py $(FOLDER)/reranker
+
+bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts, and ways to search on labelled sets; an hour
+	mkdir -p $(FOLDER)
+	$(BIN)/python tests/benchmarks/service.py $(FOLDER)
+	$(BIN)/python tests/benchmarks/retrieval.py
 
 config-reference: $(INSTALLED)  ## write configs/cluster.yaml again from the models
 	$(BIN)/python tests/config_reference.py
