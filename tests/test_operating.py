@@ -16,6 +16,7 @@ class PartialIndex:
 
     def __init__(self, vectors):
         self.vectors = vectors
+        self.ordinals = range(len(vectors))
 
     def search(self, queries, k, nprobe, allowed=None):
         noisy = queries + 0.02 * unit_vectors(len(queries), seed=5)

@@ -94,8 +94,8 @@ def is_up(client):
     return False
 
 
-def eventually(condition):
-    deadline = time.monotonic() + 60
+def eventually(condition, seconds=60):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -176,11 +176,12 @@ def test_a_question_that_replicas_die_of_is_put_to_others(tmp_path):
     with pytest.raises(RefusedError, match="does not answer") as refused:
         partition.vector_of(1000, 0)
     assert refused.value.status == 503
-    assert len(list(tmp_path.iterdir())) == 2 + ATTEMPTS
+    # a question that reaches a replica already dead is put to the next by Serve itself, and is no attempt of ours
+    assert ATTEMPTS <= len(list(tmp_path.iterdir())) - 2 <= 2 * ATTEMPTS
     serve.delete("mortal")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_two_partitions_on_two_nodes_answer_as_one_process(config, config_file, two_nodes):
     generations = dict(
         zip(sorted(path.name for path in (Path(config.root) / "artifacts").iterdir()), ("one", "two"), strict=True)
@@ -212,7 +213,8 @@ def test_two_partitions_on_two_nodes_answer_as_one_process(config, config_file, 
             for victim in [next(iter(nodes)) for nodes in held]:
                 os.kill(victim, signal.SIGKILL)
                 load.more(60)
-            eventually(lambda: all(len(replicas(f"partition-{number}")) == 2 for number in range(2)))
+            back = 180  # seconds: Serve starts processes beside three clients that take all there is of two cores
+            eventually(lambda: all(len(replicas(f"partition-{number}")) == 2 for number in range(2)), back)
             first, _ = generations
             rollback(config, first)
             eventually(lambda: load.failures or set(load.seen[-10:]) == {first})
