@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
+from pipeline.corpus import SURROGATES
 from pipeline.errors import ConfigError
 
 METADATA = "metadata.arrow"
@@ -33,7 +34,7 @@ def _value(value: Any) -> Any:
         raise ValueError("expected a text, a number, true or false")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("expected a finite number")
-    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+    if isinstance(value, str) and SURROGATES.search(value):
         raise ValueError("holds half of a surrogate pair, which is no character")
     return value
 

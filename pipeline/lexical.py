@@ -40,7 +40,6 @@ class Analyzer:
         if language != "none" and language not in Stemmer.algorithms():
             known = ", ".join(name for name in Stemmer.algorithms() if name != "porter")
             raise ConfigError(f"index.language: {language} is not known; take none, or one of {known}")
-        self.language = language
         self._stem = Stemmer.Stemmer(language).stemWord if language != "none" else str
         try:
             stopped = _infer_stopwords(language if language != "none" else None)
@@ -72,6 +71,7 @@ def write_lexical(texts: Iterable[Sequence[str]], language: str, folder: Path) -
     target.mkdir()
     analyzer, vocabulary = Analyzer(language), {}  # type: Analyzer, dict[str, int]
     lengths: list[npt.NDArray[np.int64]] = []
+    rows = 0
     frequencies = np.zeros(1 << 16, dtype=np.int64)
     with (target / "postings").open("wb") as out:
         for block in texts:
@@ -79,7 +79,8 @@ def write_lexical(texts: Iterable[Sequence[str]], language: str, folder: Path) -
             if len(vocabulary) > len(frequencies):
                 frequencies = np.concatenate([frequencies, np.zeros(len(vocabulary), dtype=np.int64)])
             np.add.at(frequencies, counted["term"], 1)
-            counted["row"] += sum(len(part) for part in lengths)
+            counted["row"] += rows
+            rows += len(words)
             lengths.append(words)
             counted.tofile(out)
     every = np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
@@ -101,18 +102,17 @@ class Lexical:
         from bm25s import BM25
 
         try:
-            self._index: Any = BM25.load(folder / FOLDER, mmap=True)
+            index: Any = BM25.load(folder / FOLDER, mmap=True)
         except (OSError, ValueError, TypeError) as error:
             raise VerificationError(
                 f"{folder / FOLDER}: not readable by bm25s, {error}; restore or rebuild the artifact"
             ) from error
-        if self._index.scores["num_docs"] != count:
+        if index.scores["num_docs"] != count:
             raise VerificationError(
-                f"{folder / FOLDER}: {self._index.scores['num_docs']} texts, the manifest says {count}; rebuild the artifact"
+                f"{folder / FOLDER}: {index.scores['num_docs']} texts, the manifest says {count}; rebuild the artifact"
             )
-        self._scores, self._rows, self._starts = (
-            np.asarray(self._index.scores[name]) for name in ("data", "indices", "indptr")
-        )
+        self._vocabulary: dict[str, int] = index.vocab_dict
+        self._scores, self._rows, self._starts = (np.asarray(index.scores[name]) for name in ("data", "indices", "indptr"))
         self._within = range(count) if within is None else within
         self._analyzer = Analyzer(language)
 
@@ -124,7 +124,7 @@ class Lexical:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         ordinals = np.full((len(queries), k), -1, dtype=np.int64)
         for row, query in enumerate(queries):
-            terms = [number for term in self._analyzer(query) if (number := self._index.vocab_dict.get(term)) is not None]
+            terms = [number for term in self._analyzer(query) if (number := self._vocabulary.get(term)) is not None]
             if not terms:
                 continue
             found = self._scored(terms)
@@ -177,8 +177,9 @@ def _write_scores(target: Path, frequencies: npt.NDArray[np.int64], lengths: npt
     np.save(target / NAMES[2], starts)
     data = _create(target / NAMES[0], np.float32, entries)
     rows = _create(target / NAMES[1], np.int32, entries)
-    idf = np.array([_select_idf_scorer("lucene")(int(number), N=len(lengths)) for number in frequencies], dtype=np.float32)
-    average, frequency_of = float(lengths.mean()) if len(lengths) else 0.0, _select_tfc_scorer("lucene")
+    rarity_of, frequency_of = _select_idf_scorer("lucene"), _select_tfc_scorer("lucene")
+    idf = np.array([rarity_of(int(number), N=len(lengths)) for number in frequencies], dtype=np.float32)
+    average = float(lengths.mean()) if len(lengths) else 0.0
     for unsorted in _blocks(target / "postings"):
         block = unsorted[np.argsort(unsorted["term"], kind="stable")]
         terms, first, counts = np.unique(block["term"], return_index=True, return_counts=True)

@@ -35,6 +35,14 @@ LONGEST = (
 TOPICS = ("harbour", "orchard", "glacier", "violin", "furnace", "lantern", "comet", "meadow", "compass", "anchor")
 
 
+def eventually(condition, seconds=30):
+    """Wait for what comes by itself."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def sentences(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Distinct short documents."""
     return [

@@ -1,7 +1,6 @@
 """What a partition of the service has open, without Ray."""
 
 import gc
-import time
 import weakref
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.run import reindex
 from pipeline.service import holding
 from pipeline.service.holding import KEPT, Holding
 from pipeline.upkeep import rollback
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import eventually, make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -33,13 +32,6 @@ def config(tmp_path):
 
 def versions(config):
     return sorted(path.name for path in (Path(config.root) / "artifacts").iterdir())
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_live_one_and_the_one_before_are_open(config):

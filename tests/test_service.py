@@ -35,7 +35,7 @@ from pipeline.service.gate import digest_of
 from pipeline.service.ray import PATIENCE
 from pipeline.storage import Storage
 from pipeline.upkeep import rollback
-from tests.conftest import MINILM, _free_ports, make_config, sentences, start_ray, write_jsonl
+from tests.conftest import MINILM, _free_ports, eventually, make_config, sentences, start_ray, write_jsonl
 from tests.test_reranker import save_model
 
 SAME = "Granite is an igneous rock."
@@ -98,13 +98,6 @@ def ask(client, **body):
 
 def texts_of(result):
     return [hit["text"] for hit in result["hits"]]
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def mappings(config):

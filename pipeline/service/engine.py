@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from pipeline import __version__
 from pipeline.config import Config, SearchConfig, ServeConfig
+from pipeline.corpus import SURROGATES
 from pipeline.errors import ConfigError
 from pipeline.exposition import Meters
 from pipeline.live import Elsewhere, Opened, open_uri, open_uri_elsewhere, query_spec
@@ -48,9 +49,9 @@ class Engine:
         self.meters = Meters(SERVICE)
         self._search = config.search if config else SearchConfig()
         self._follower: Follower | None = None
+        trusted = config is not None and config.encoder.trust_remote_code
         if artifact is not None:
             store = config.store if config else None
-            trusted = config is not None and config.encoder.trust_remote_code
             opened: Opened
             if elsewhere is not None:
                 opened = open_uri_elsewhere(artifact, self._search, store, elsewhere, trust_remote_code=trusted)
@@ -64,7 +65,7 @@ class Engine:
             raise ConfigError("serve: give -c FILE for the live artifact, or --artifact URI")
         self.encoder = QueryEncoder(query_spec(self.current.served.opened, config), self.limits.queue, self.meters)
         self.model = model_name(self.current.served.opened.spec.model)
-        self._reranking = Reranking(self._search, trust_remote_code=config is not None and config.encoder.trust_remote_code)
+        self._reranking = Reranking(self._search, trust_remote_code=trusted)
         if self._reranking.is_named:
             self._reranking.load()
         threads = self.limits.threads or (WAITING_SEARCHES if elsewhere else None)
@@ -211,7 +212,7 @@ class Engine:
             raise wrong(param, "a text is empty; give a visible one")
         if len(text) > self.limits.max_query_chars:
             raise wrong(param, f"a text has {len(text)} characters, the limit is {self.limits.max_query_chars}; shorten it")
-        if any("\ud800" <= char <= "\udfff" for char in text):
+        if SURROGATES.search(text):
             raise wrong(param, "a text holds half of a surrogate pair, which is no character; send valid Unicode")
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from pipeline.service.refusals import RefusedError
 from pipeline.service.router import ATTEMPTS, RemotePartition
 from pipeline.service.schemas import SearchRequest
 from pipeline.upkeep import rollback
+from tests import conftest
 from tests.conftest import _free_ports, make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 
@@ -94,11 +96,7 @@ def is_up(client):
     return False
 
 
-def eventually(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+eventually = partial(conftest.eventually, seconds=60)
 
 
 def replicas(name):
@@ -214,7 +212,7 @@ def test_two_partitions_on_two_nodes_answer_as_one_process(config, config_file, 
                 os.kill(victim, signal.SIGKILL)
                 load.more(60)
             back = 180  # seconds: Serve starts processes beside three clients that take all there is of two cores
-            eventually(lambda: all(len(replicas(f"partition-{number}")) == 2 for number in range(2)), back)
+            eventually(lambda: all(len(replicas(f"partition-{number}")) == 2 for number in range(2)), seconds=back)
             first, _ = generations
             rollback(config, first)
             eventually(lambda: load.failures or set(load.seen[-10:]) == {first})
