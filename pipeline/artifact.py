@@ -1,18 +1,17 @@
 """The servable folder: assembled once, verified by hash, opened anywhere, searched.
 
 Files: ``index.faiss`` (ids are ordinals), ``vectors.f16`` (n x dim little-endian float16 in ordinal order),
-``documents.parquet`` (ordinal -> every document and passage with that text; of more than a million rows several files, as
+``documents.arrow`` (ordinal -> every document and passage with that text; of more than a million rows several files, as
 of an index that does not fit the memory of its merge), ``manifest.json``. No pickle.
 A folder without a manifest is no artifact; a published one is never touched again.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import sha256, sha256_file
-from pipeline.manifest import ArtifactManifest, DataFile, checksum, parse
+from pipeline.manifest import ArtifactManifest, DataFile, parse
 from pipeline.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -32,7 +31,7 @@ def describe_bytes(name: str, data: bytes) -> DataFile:
 def read_manifest(data: bytes, where: str) -> ArtifactManifest:
     """Parse a manifest and check its own checksum; raises VerificationError naming the file."""
     manifest = parse(ArtifactManifest, data, where)
-    if manifest.checksum != checksum(json.loads(data)):
+    if not manifest.is_sealed(data):
         raise VerificationError(f"{where}: the manifest's checksum does not fit its content; restore or rebuild the artifact")
     return manifest
 

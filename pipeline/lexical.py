@@ -1,23 +1,26 @@
 """BM25 over the texts of an artifact: the only bm25s door. Written in two passes in bounded memory, searched memory-mapped.
 
 Scores are Lucene's (Robertson's with the idf that is never negative; k1 and b are Lucene's defaults), computed when the index
-is written, as BM25S does (Lù, 2024), in its files: ``bm25s.BM25.load(folder / "bm25", mmap=True)`` opens them too.
+is written, as BM25S does (Lù, 2024), in its files: ``bm25s.BM25.load(folder / "bm25", mmap=True, load_vocab=False)`` opens
+them too. The vocabulary is a sorted column in a mapped file: as a dict of strings it would be most of the index's memory.
 """
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.recall import Matrix, Ordinals
 
 FOLDER = "bm25"
-NAMES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", "params.index.json")
+NAMES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "terms.arrow", "params.index.json")
 K1, B = 1.2, 0.75
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+")
 """A word; in scripts without spaces between words a character."""
@@ -84,9 +87,13 @@ def write_lexical(texts: Iterable[Sequence[str]], language: str, folder: Path) -
             lengths.append(words)
             counted.tofile(out)
     every = np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
-    _write_scores(target, frequencies[: len(vocabulary)], every)
+    terms = sorted(vocabulary)
+    by_term = np.fromiter((vocabulary[term] for term in terms), dtype=np.int64, count=len(terms))
+    _write_scores(target, frequencies[by_term], np.argsort(by_term), every)
     (target / "postings").unlink()
-    (target / NAMES[3]).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    batch = pa.record_batch({"term": pa.array(terms, pa.large_string())})
+    with pa.ipc.new_file(target / NAMES[3], batch.schema) as out:
+        out.write_batch(batch)
     settings = {"k1": K1, "b": B, "method": "lucene", "idf_method": "lucene", "dtype": "float32", "int_dtype": "int32"}
     (target / NAMES[4]).write_text(json.dumps(settings | {"num_docs": len(every), "backend": "numpy"}))
     return [f"{FOLDER}/{name}" for name in NAMES]
@@ -102,8 +109,9 @@ class Lexical:
         from bm25s import BM25
 
         try:
-            index: Any = BM25.load(folder / FOLDER, mmap=True)
-        except (OSError, ValueError, TypeError) as error:
+            index: Any = BM25.load(folder / FOLDER, mmap=True, load_vocab=False)
+            terms = pa.ipc.open_file(pa.memory_map(str(folder / FOLDER / NAMES[3])).read_buffer()).get_batch(0)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise VerificationError(
                 f"{folder / FOLDER}: not readable by bm25s, {error}; restore or rebuild the artifact"
             ) from error
@@ -111,7 +119,7 @@ class Lexical:
             raise VerificationError(
                 f"{folder / FOLDER}: {index.scores['num_docs']} texts, the manifest says {count}; rebuild the artifact"
             )
-        self._vocabulary: dict[str, int] = index.vocab_dict
+        self._terms = terms.column("term")
         self._scores, self._rows, self._starts = (np.asarray(index.scores[name]) for name in ("data", "indices", "indptr"))
         self._within = range(count) if within is None else within
         self._analyzer = Analyzer(language)
@@ -124,7 +132,7 @@ class Lexical:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         ordinals = np.full((len(queries), k), -1, dtype=np.int64)
         for row, query in enumerate(queries):
-            terms = [number for term in self._analyzer(query) if (number := self._vocabulary.get(term)) is not None]
+            terms = [number for term in self._analyzer(query) if (number := self._number_of(term)) is not None]
             if not terms:
                 continue
             found = self._scored(terms)
@@ -132,6 +140,10 @@ class Lexical:
             best = _best(found, rows, k)
             scores[row, : len(best)], ordinals[row, : len(best)] = found[best], best + self._within.start
         return scores, ordinals
+
+    def _number_of(self, term: str) -> int | None:
+        number = bisect_left(range(len(self._terms)), term, key=lambda place: self._terms[place].as_py())
+        return number if number < len(self._terms) and self._terms[number].as_py() == term else None
 
     def _scored(self, terms: Sequence[int]) -> npt.NDArray[np.float32]:
         """Sums of the scores of terms, for each ordinal looked at. Postings of a term are in the order of ordinals."""
@@ -168,8 +180,13 @@ def _counted(texts: Sequence[str], analyzer: Analyzer, vocabulary: dict[str, int
 _POSTING = np.dtype([("row", "<i4"), ("term", "<i4"), ("times", "<i4")])
 
 
-def _write_scores(target: Path, frequencies: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
-    """Sort postings by term, rows ascending, and score them: a counting sort from file to mapped files."""
+def _write_scores(
+    target: Path, frequencies: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> None:
+    """Sort postings by term, rows ascending, and score them: a counting sort from file to mapped files.
+
+    ``numbers``: of each term as in the postings, its place among the sorted terms, which ``frequencies`` are of.
+    """
     from bm25s.scoring import _select_idf_scorer, _select_tfc_scorer
 
     entries = int(frequencies.sum())
@@ -181,6 +198,7 @@ def _write_scores(target: Path, frequencies: npt.NDArray[np.int64], lengths: npt
     idf = np.array([rarity_of(int(number), N=len(lengths)) for number in frequencies], dtype=np.float32)
     average = float(lengths.mean()) if len(lengths) else 0.0
     for unsorted in _blocks(target / "postings"):
+        unsorted["term"] = numbers[unsorted["term"]]
         block = unsorted[np.argsort(unsorted["term"], kind="stable")]
         terms, first, counts = np.unique(block["term"], return_index=True, return_counts=True)
         places = np.repeat(starts[terms] - first, counts) + np.arange(len(block))

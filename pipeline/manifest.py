@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import Rescore
 from pipeline.errors import VerificationError
-from pipeline.fingerprint import canonical_json, sha256
+from pipeline.fingerprint import sha256
 from pipeline.index_plan import Kind
 from pipeline.storage import Storage
 
-FORMAT = 3
+FORMAT = 4
 """One number (the default of ``Document.format``) for all files under a root: they change together before 1.0."""
 
 
@@ -23,7 +23,7 @@ class Document(BaseModel):
     """JSON with a format number; unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[3] = 3
+    format: Literal[4] = 4
 
 
 class DataFile(BaseModel):
@@ -221,13 +221,12 @@ class ArtifactManifest(Merged):
         return self.files | self.report
 
     def sealed(self) -> "ArtifactManifest":
-        """A copy whose checksum covers all its other fields."""
-        return self.model_copy(update={"checksum": checksum(self.model_dump(mode="json"))})
+        """A copy whose checksum covers its JSON."""
+        return self.model_copy(update={"checksum": sha256(to_bytes(self.model_copy(update={"checksum": ""})))})
 
-
-def checksum(manifest: dict[str, Any]) -> str:
-    """What the checksum of a manifest must be, by its JSON as it is: today's fields are not those of older manifests."""
-    return sha256(canonical_json({name: value for name, value in manifest.items() if name != "checksum"}))
+    def is_sealed(self, data: bytes) -> bool:
+        """Whether every byte of the JSON it was parsed from is what was sealed."""
+        return self.checksum == sha256(data.replace(self.checksum.encode(), b""))
 
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)

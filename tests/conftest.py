@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("RAY_ADDRESS", None)  # no test works on a cluster that is not its own
 
+import pyarrow as pa
 import pytest
 
 from pipeline.config import Config, StoreConfig
@@ -55,6 +56,11 @@ def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def stored_documents(artifact: Path, name: str = "documents.arrow") -> pa.Table:
+    """The documents of an artifact's folder, as anybody would read them."""
+    return pa.ipc.open_file(artifact / name).read_all()
 
 
 def make_config(root: object, uri: object, **sections: Any) -> Config:

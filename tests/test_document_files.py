@@ -1,10 +1,10 @@
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline import document_files
 from pipeline.document_files import SCHEMA, Documents, DocumentsWriter
+from tests.conftest import stored_documents
 
 
 def rows_of(ordinals, name="d"):
@@ -38,13 +38,13 @@ def written(tmp_path, monkeypatch):
 
 def test_files_end_at_their_length_and_say_where_they_begin(written, tmp_path):
     assert [(file.name, file.first, file.rows) for file in written.files] == [
-        ("documents-0000.parquet", 0, 1400),
-        ("documents-0001.parquet", 1400, 1300),
-        ("documents-0002.parquet", 2100, 1400),
-        ("documents-0003.parquet", 3500, 500),
+        ("documents-0000.arrow", 0, 1400),
+        ("documents-0001.arrow", 1400, 1300),
+        ("documents-0002.arrow", 2100, 1400),
+        ("documents-0003.arrow", 3500, 500),
     ]
-    assert written.rows == 4600 == sum(pq.read_metadata(tmp_path / file.name).num_rows for file in written.files)
-    ordinals = np.concatenate([pq.read_table(tmp_path / file.name)["ordinal"].to_numpy() for file in written.files])
+    assert written.rows == 4600 == sum(len(stored_documents(tmp_path, file.name)) for file in written.files)
+    ordinals = np.concatenate([stored_documents(tmp_path, file.name)["ordinal"].to_numpy() for file in written.files])
     assert (np.diff(ordinals) >= 0).all()
 
 
@@ -68,10 +68,10 @@ def test_all_rows_can_be_walked_with_their_place(written, tmp_path):
 def test_few_rows_or_none_are_one_plainly_named_file(tmp_path):
     with DocumentsWriter(tmp_path, 3) as writer:
         writer.write(rows_of([0, 1, 2]))
-    assert [file.name for file in writer.files] == ["documents.parquet"]
+    assert [file.name for file in writer.files] == ["documents.arrow"]
     with DocumentsWriter(tmp_path, 0) as writer:
         writer.write(rows_of([]))
-    assert writer.files[0].rows == 0 == pq.read_metadata(tmp_path / "documents.parquet").num_rows
+    assert writer.files[0].rows == 0 == len(stored_documents(tmp_path))
 
 
 def test_files_that_gc_deleted_are_read_on(tmp_path, written):

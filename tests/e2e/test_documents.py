@@ -19,7 +19,7 @@ from pipeline.manifest import SnapshotManifest, load
 from pipeline.run import reindex
 from pipeline.snapshot import rejected_rows
 from pipeline.storage import Storage
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -31,7 +31,7 @@ def config_of(folder, **sections):
 def live_texts(config):
     """doc_id -> texts of the live artifact."""
     folder = Path(config.root) / layout.artifact(open_live(config).manifest.version)
-    rows = pq.read_table(folder / "documents.parquet", columns=["doc_id", "text"]).to_pylist()
+    rows = stored_documents(folder).select(["doc_id", "text"]).to_pylist()
     found = {}
     for row in rows:
         found.setdefault(row["doc_id"], []).append(row["text"])

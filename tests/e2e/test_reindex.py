@@ -21,7 +21,7 @@ from pipeline.run import embed_only, ingest_only, reindex
 from pipeline.snapshot import parts
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -65,7 +65,7 @@ def test_artifact_is_complete_and_opens_with_plain_faiss(tmp_path, real_rows):
     assert outcome.encoded == outcome.live.counts["passages"] >= 1200
     folder = tmp_path / "root" / layout.artifact(outcome.live.version)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "documents.parquet",
+        "documents.arrow",
         "index.faiss",
         "manifest.json",
         "metadata.arrow",
@@ -75,7 +75,7 @@ def test_artifact_is_complete_and_opens_with_plain_faiss(tmp_path, real_rows):
     ]
     index = faiss.read_index(str(folder / "index.faiss"))
     vectors = np.fromfile(folder / "vectors.f16", dtype="<f2").reshape(index.ntotal, -1)
-    documents = pq.read_table(folder / "documents.parquet").to_pylist()
+    documents = stored_documents(folder).to_pylist()
     texts = {row["id"]: row["text"] for row in real_rows}
     for row in documents[::97]:
         assert texts[row["doc_id"]][row["start"] : row["end"]] == row["text"]
@@ -144,7 +144,7 @@ def assert_equal_answers(config, other, *, exact):
     """DESIGN's equal answers: ordinals, documents and counts exactly, neighbours where their gap exceeds 1e-3."""
     one, two = open_live(config), open_live(other)
     folders = [Path(each.root) / layout.artifact(opened.manifest.version) for each, opened in ((config, one), (other, two))]
-    tables = [pq.read_table(folder / "documents.parquet").drop_columns(["source_uri", "source_row"]) for folder in folders]
+    tables = [stored_documents(folder).drop_columns(["source_uri", "source_row"]) for folder in folders]
     assert tables[0].equals(tables[1])
     assert {key: one.manifest.counts[key] for key in ("documents", "passages", "rejected")} == {
         key: two.manifest.counts[key] for key in ("documents", "passages", "rejected")

@@ -6,6 +6,7 @@ import shutil
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,7 +18,7 @@ from pipeline.live import open_live
 from pipeline.log import Log
 from pipeline.run import reindex, tune
 from pipeline.storage import Storage
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.e2e.test_reindex import commits, files_below, search
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -163,18 +164,18 @@ def test_merge_refuses_foreign_shards(folder, spoil, message):
 
 
 def spoil_documents(artifact):
-    table = pq.read_table(artifact / "documents.parquet")
+    table = stored_documents(artifact)
     texts = table.column("text").to_pylist()
     texts[7], texts[300] = texts[300], texts[7]
     swapped = table.set_column(
         table.schema.get_field_index("text"), table.schema.field("text"), pa.array(texts, pa.large_string())
     )
-    pq.write_table(swapped, artifact / "documents.parquet", write_page_checksum=True)
+    feather.write_feather(swapped, artifact / "documents.arrow")
 
 
 def lose_a_document(artifact):
-    table = pq.read_table(artifact / "documents.parquet")
-    pq.write_table(pa.concat_tables([table.slice(0, 50), table.slice(51)]), artifact / "documents.parquet")
+    table = stored_documents(artifact)
+    feather.write_feather(pa.concat_tables([table.slice(0, 50), table.slice(51)]), artifact / "documents.arrow")
 
 
 def spoil_vectors(artifact):

@@ -7,7 +7,6 @@ undisturbed run ends; what is left over is found by gc.
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline import layout, upkeep
@@ -18,7 +17,7 @@ from pipeline.log import Log
 from pipeline.publish import live_artifact
 from pipeline.run import reindex
 from pipeline.storage import Storage
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -106,7 +105,7 @@ def outcome(config):
     storage = Storage(config.root)
     live = live_artifact(storage)
     root = Path(config.root)
-    rows = pq.read_table(root / layout.artifact(live.version) / "documents.parquet").drop_columns("source_uri").to_pylist()
+    rows = stored_documents(root / layout.artifact(live.version)).drop_columns("source_uri").to_pylist()
     assert audit(config, 100).passages == live.counts["passages"]
     upkeep.collect(config, keep=1, grace_s=-1)
     verify(storage, layout.artifact(live.version))

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline import layout
@@ -25,7 +24,7 @@ from pipeline.shards import open_parquet
 from pipeline.snapshot import rejected_rows, snapshot_of
 from pipeline.stages import embed, ingest
 from pipeline.storage import Storage
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.e2e.test_reindex import search
 from tests.faults.killers import POISON, POISONED_FILE, DeadlyReader, KillsAtPoison, KillsOnce, ingest_row
 
@@ -188,7 +187,7 @@ def test_a_driver_killed_in_every_stage_is_taken_over_by_the_same_command(tmp_pa
     assert taken_over["counts"] == calm.snapshot.counts
     versions = {"root": taken_over["live"]["artifact"], "calm": calm.live.version}
     folders = [tmp_path / name / layout.artifact(version) for name, version in versions.items()]
-    tables = [pq.read_table(folder / "documents.parquet") for folder in folders]
+    tables = [stored_documents(folder) for folder in folders]
     assert tables[0].equals(tables[1])
     vectors = [np.fromfile(folder / "vectors.f16", dtype="<f2").reshape(360, -1).astype(np.float32) for folder in folders]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=5e-4)  # other batches, other sums; float16 has steps of 1e-4

@@ -7,7 +7,6 @@ import tempfile
 import threading
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,7 +20,7 @@ from pipeline.partition import LocalPartition
 from pipeline.publish import commit, live_artifact
 from pipeline.run import reindex
 from pipeline.storage import Storage
-from tests.conftest import make_config, sentences, write_jsonl
+from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 from tests.faults.test_crash_points import WAYS, Killed, Writes, check_log
 
@@ -123,7 +122,7 @@ class Root(RuleBasedStateMachine):
             return
         folder = layout.artifact(found.version)
         verify(self.storage, folder)
-        rows = pq.read_table(Path(self.config.root) / folder / "documents.parquet").to_pylist()
+        rows = stored_documents(Path(self.config.root) / folder).to_pylist()
         assert {row["doc_id"]: row["text"] for row in rows} == self.published[found.version]
         assert len(rows) == len(self.published[found.version])
 
@@ -183,7 +182,7 @@ def test_readers_see_one_whole_artifact_through_thousands_of_publishes(tmp_path)
     def read() -> None:
         while not ended.is_set():
             manifest = live_artifact(storage)
-            rows = pq.read_metadata(Path(config.root) / layout.artifact(manifest.version) / "documents.parquet").num_rows
+            rows = len(stored_documents(Path(config.root) / layout.artifact(manifest.version)))
             seen.append((manifest.version, rows))
 
     reader = threading.Thread(target=read)
