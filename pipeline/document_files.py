@@ -1,7 +1,7 @@
 """The documents of an artifact: rows (ordinal, document, passage, text) sorted by ordinal, in Arrow IPC files of bounded size.
 
 Not Parquet: a hit is one row of ten columns somewhere in the file. From Parquet ten hits cost 4 ms, by Arrow's record batches
-under LZ4 0.5 ms, for 1.7 times the bytes of Parquet with zstd (454,598 rows, pyarrow 26); without compression they are
+under LZ4 0.5 ms, for 1.9 times the bytes of Parquet with zstd (454,598 rows, pyarrow 26); without compression they are
 hardly faster and three times as large. One thread decompresses a batch faster than several do.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,9 @@ from pipeline.ingestion import PASSAGE_SCHEMA
 from pipeline.manifest import DocumentsFile
 from pipeline.recall import Ordinals
 
-SHOWN_ROWS = 128
+SHOWN_ROWS = 64
 """Rows of a record batch: what is decompressed to show one hit."""
-WALKED_BATCHES = 64
+WALKED_BATCHES = 128
 """Record batches read together where every row is read."""
 FILE_ROWS = 1 << 20
 KNOWN_FILES = 1 << 10
@@ -121,16 +121,18 @@ class Documents:
 
     def _rows_in(self, number: int, ordinals: Ordinals) -> list[dict[str, Any]]:
         reader, firsts = _read(self._maps[number]), self._firsts_in(number)  # a reader of its own: they are not for threads
-        rows: list[dict[str, Any]] = []
+        begins = np.maximum(firsts.searchsorted(ordinals, "left") - 1, 0)  # many documents with one text span several batches
+        ends = firsts.searchsorted(ordinals, "right")
+        found: list[pa.RecordBatch] = []
         read = -1
-        for ordinal in ordinals.tolist():
-            for batch_number in _batches_of(firsts, ordinal):
+        for ordinal, begin, end in zip(ordinals.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            for batch_number in range(begin, end):
                 if batch_number != read:
                     batch, read = reader.get_batch(batch_number), batch_number
                     held = batch.column("ordinal").to_numpy()
-                begin, end = np.searchsorted(held, (ordinal, ordinal + 1))
-                rows += batch.slice(begin, end - begin).to_pylist()
-        return rows
+                first = held.searchsorted(ordinal, "left")
+                found.append(batch.slice(first, held.searchsorted(ordinal, "right") - first))
+        return cast(list[dict[str, Any]], pa.concat_batches(found).to_pylist())
 
 
 def _read(mapped: pa.Buffer, columns: Sequence[str] | None = None) -> pa.RecordBatchFileReader:
@@ -144,10 +146,3 @@ def _firsts(maps: Sequence[pa.Buffer], number: int) -> npt.NDArray[np.int64]:
     reader = _read(maps[number], ["ordinal"])
     firsts = (reader.get_batch(batch).column(0)[0].as_py() for batch in range(reader.num_record_batches))
     return np.fromiter(firsts, dtype=np.int64, count=reader.num_record_batches)
-
-
-def _batches_of(firsts: npt.NDArray[np.int64], ordinal: int) -> range:
-    """Record batches that may hold an ordinal; many documents with one text can span several."""
-    first = int(np.searchsorted(firsts, ordinal, side="left"))
-    last = int(np.searchsorted(firsts, ordinal, side="right"))
-    return range(max(0, first - 1), last)

@@ -61,6 +61,15 @@ class Queries:
     def __len__(self) -> int:
         return len(self.vectors if self.vectors is not None else self.texts or ())
 
+    @classmethod
+    def joined(cls, several: "Sequence[Queries]") -> "Queries":
+        """Those of several askers one after the other; without what one of them has not."""
+        vectors, texts = [each.vectors for each in several], [each.texts for each in several]
+        return cls(
+            None if any(each is None for each in vectors) else np.concatenate(cast(list[Matrix], vectors)),
+            None if any(each is None for each in texts) else [text for each in texts for text in each or ()],
+        )
+
     def at(self, rows: Sequence[int]) -> "Queries":
         """Some of them."""
         vectors = None if self.vectors is None else self.vectors[list(rows)]

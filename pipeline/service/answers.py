@@ -4,7 +4,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
@@ -70,26 +71,67 @@ class Asked:
         return took
 
 
-Answering = Callable[[Asked, Queries, Sequence[int], dict[str, float]], bytes]
+Found = list[list[FoundText]]
+Shape = Callable[["Search", Found], bytes]
 
 
-def search(asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]) -> bytes:
-    """The answers to queries, a SearchResponse."""
-    return asked.answer(*_found(asked, queries, truncated, took))
+@dataclass(frozen=True)
+class Search:
+    """A request that has its queries. ``shape`` makes its answer of what was found; ``took``: seconds so far, by phase."""
+
+    asked: Asked
+    queries: Queries
+    shape: Shape
+    truncated: Sequence[int] = ()
+    took: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def company(self) -> object:
+        """Requests that have this in common are searched as one; None: this one is not, for others would wait for it."""
+        return None if self.asked.reranking or len(self.queries) > 1 else (id(self.asked.served), self.asked.ask)
 
 
-def paged(threshold: float | None) -> Answering:
-    """Answers as a VectorStoreSearchResponse: documents by their best score over queries that mean the same."""
+def answer(searches: Sequence[Search]) -> list[bytes]:
+    """The answers to requests of one company; RefusedError 422 for a filter that the artifact has no columns for."""
+    asked, began = searches[0].asked, time.perf_counter()
+    try:
+        found = asked.served.opened.searcher.ask(
+            Queries.joined([search.queries for search in searches]), replace(asked.ask, k=asked.depth)
+        )
+    except ConfigError as error:
+        raise wrong("filter", str(error).removeprefix("filter: ")) from error
+    seconds, texts = time.perf_counter() - began, iter(found)
+    return [_shaped(search, list(islice(texts, len(search.queries))), seconds) for search in searches]
 
-    def page(asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]) -> bytes:
-        found, _, took = _found(asked, queries, truncated, took)
-        asked.timed(took)
+
+def _shaped(search: Search, found: Found, seconds: float) -> bytes:
+    asked, took = search.asked, search.took | {"search": seconds}
+    if asked.reranking is not None and search.queries.texts is not None:
+        began, ordered = time.perf_counter(), []
+        for number, (query, texts) in enumerate(zip(search.queries.texts, found, strict=True)):
+            share = (asked.until - time.perf_counter()) / (len(found) - number)
+            ordered.append(asked.reranking.order(query, texts, asked.ask.k, max(share, 0.0)))
+        found, took = ordered, took | {"rerank": time.perf_counter() - began}
+    return search.shape(replace(search, took=took), found)
+
+
+def ranked(search: Search, found: Found) -> bytes:
+    """A SearchResponse: a ranking for each query."""
+    return search.asked.answer(found, search.truncated, search.took)
+
+
+def paged(threshold: float | None) -> Shape:
+    """A VectorStoreSearchResponse: documents by their best score over queries that mean the same."""
+
+    def page(search: Search, found: Found) -> bytes:
+        search.asked.timed(search.took)
         best: dict[str, Hit] = {}
         for hit in sorted((hit for texts in found for hit in documents(texts)), key=lambda hit: -hit.score):
             if threshold is None or hit.score >= threshold:
                 best.setdefault(hit.doc_id, hit)
-        data = [_result(hit) for hit in list(best.values())[: asked.ask.k]]
-        return VectorStoreSearchResponse(search_query=list(queries.texts or ()), data=data).model_dump_json().encode()
+        data = [_result(hit) for hit in list(best.values())[: search.asked.ask.k]]
+        query = list(search.queries.texts or ())
+        return VectorStoreSearchResponse(search_query=query, data=data).model_dump_json().encode()
 
     return page
 
@@ -104,28 +146,12 @@ def _result(hit: Hit) -> VectorStoreResult:
     )
 
 
-def _found(
-    asked: Asked, queries: Queries, truncated: Sequence[int], took: dict[str, float]
-) -> tuple[list[list[FoundText]], Sequence[int], dict[str, float]]:
-    """Search and re-rank; RefusedError 422 for a filter that the artifact has no columns for."""
-    began = time.perf_counter()
-    try:
-        found = asked.served.opened.searcher.ask(queries, replace(asked.ask, k=asked.depth))
-    except ConfigError as error:
-        raise wrong("filter", str(error).removeprefix("filter: ")) from error
-    searched = time.perf_counter()
-    took = took | {"search": searched - began}
-    if asked.reranking is None or queries.texts is None:
-        return found, truncated, took
-    ordered = []
-    for number, (query, texts) in enumerate(zip(queries.texts, found, strict=True)):
-        share = (asked.until - time.perf_counter()) / (len(found) - number)
-        ordered.append(asked.reranking.order(query, texts, asked.ask.k, max(share, 0.0)))
-    return ordered, truncated, took | {"rerank": time.perf_counter() - searched}
+def similar(wanted: Sequence[tuple[Asked, str, int]]) -> list[bytes]:
+    """What is near a passage of each document, less that document; RefusedError 404 where there is none."""
+    return [_similar(*each) for each in wanted]
 
 
-def similar(asked: Asked, doc_id: str, passage: int) -> bytes:
-    """What is near a passage of a document, less that document; RefusedError 404 where there is none."""
+def _similar(asked: Asked, doc_id: str, passage: int) -> bytes:
     searcher, began = asked.served.opened.searcher, time.perf_counter()
     vector = searcher.vector_of(doc_id, passage)
     if vector is None:

@@ -22,7 +22,7 @@ from pipeline.report import HTML
 from pipeline.reranking import NOT_NAMED, Reranking
 from pipeline.searcher import Ask, Queries
 from pipeline.service import answers
-from pipeline.service.answers import Answering, Asked, unit
+from pipeline.service.answers import Asked, Search, Shape, unit
 from pipeline.service.following import Follower, fixed
 from pipeline.service.query_encoder import QueryEncoder, QueryVectors
 from pipeline.service.refusals import RefusedError, wrong
@@ -82,7 +82,7 @@ class Engine:
 
     async def search(self, request: SearchRequest) -> bytes:
         """A SearchResponse as JSON."""
-        return await self._searched(request, answers.search)
+        return await self._searched(request, answers.ranked)
 
     async def vector_store_search(self, store: str, request: VectorStoreSearchRequest) -> bytes:
         """A VectorStoreSearchResponse as JSON. ``store``: ``live``, or the name of the artifact that serves."""
@@ -93,7 +93,7 @@ class Engine:
         inner = SearchRequest(queries=request.query, k=request.max_num_results, filter=request.filters, rerank=rerank)
         return await self._searched(inner, answers.paged(request.ranking_options.score_threshold))
 
-    async def _searched(self, request: SearchRequest, answer: Answering) -> bytes:
+    async def _searched(self, request: SearchRequest, shape: Shape) -> bytes:
         asked = self._asked(request.k, request.include, request)
         texts, took = request.texts, {}
         truncated: tuple[int, ...] = ()
@@ -110,13 +110,14 @@ class Engine:
             encoded = await self._encoded(texts, "queries", asked.started)
             queries, truncated = Queries(encoded.vectors, texts), encoded.truncated
             took = {"queue": encoded.queue_s, "encode": encoded.encode_s}
-        return await self._within(self._searches.submit(answer, asked, queries, truncated, took), asked.started)
+        search = Search(asked, queries, shape, truncated, took)
+        return await self._within(self._searches.submit(answers.answer, search, search.company), asked.started)
 
     async def similar(self, doc_id: str, passage: int, k: int | None, include: Sequence[Include]) -> bytes:
         """A SearchResponse as JSON: what is near a passage of a document, less that document."""
         asked = self._asked(k, include, SearchRequest(vectors=[], mode="dense"))
         self._check_text(doc_id, "doc_id")
-        return await self._within(self._searches.submit(answers.similar, asked, doc_id, passage), asked.started)
+        return await self._within(self._searches.submit(answers.similar, (asked, doc_id, passage)), asked.started)
 
     async def embeddings(self, texts: Sequence[str]) -> QueryVectors:
         """Vectors of whole texts; RefusedError 400 where the model would read only the beginning of one."""

@@ -4,8 +4,8 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import random
 import re
-import uuid
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -46,7 +46,7 @@ class Gate:
             return
         headers, status = Headers(scope=scope), 0
         given = headers.get("x-request-id", "")
-        name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        name = given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
         async def named(message: Message) -> None:
             nonlocal status

@@ -58,7 +58,10 @@ class PartitionReplica:
 
     async def answer(self, version: str, question: Question, *arguments: Any) -> Any:
         """What its share of an artifact answers; RefusedError 429 where too much waits."""
-        return await asyncio.wrap_future(self._searches.submit(self._holding.answer, version, question, arguments))
+        return await asyncio.wrap_future(self._searches.submit(self._answers, (version, question, arguments)))
+
+    def _answers(self, asked: Sequence[tuple[str, Question, tuple[Any, ...]]]) -> list[Any]:
+        return [self._holding.answer(*each) for each in asked]
 
 
 class RemotePartition:
