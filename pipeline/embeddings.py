@@ -37,6 +37,8 @@ from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 
 ENCODER = b"vecmill.encoder"
+MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
+"""A unit is what a crash repeats: some ten seconds of work."""
 Half = npt.NDArray[np.float16]
 REJECTED_SCHEMA = pa.schema(
     [

@@ -6,12 +6,14 @@ Nothing is read that the run would not read anyway but for a few records; what n
 from dataclasses import dataclass
 
 from pipeline import layout
-from pipeline.config import Config
+from pipeline.config import ComputeConfig, Config
+from pipeline.embeddings import MAX_UNIT_PASSAGES
 from pipeline.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes
 from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES
 from pipeline.manifest import Document, Record, load, to_bytes
 from pipeline.passages import KEY_BYTES
+from pipeline.shards import ROW_GROUP_ROWS
 
 PLAN = "plan.json"
 RATE_RECORDS = 8
@@ -19,14 +21,14 @@ LOOKED_AT_RECORDS = 24
 MIN_RATE_TOKENS = 10_000
 """Fewer tell how long an encoder takes to warm up."""
 
-ROWS_BYTES, ROW_BYTES, PASSAGE_BYTES = 80e6, 2700, 34
 LEXICAL_TOKEN_BYTES = 2.6
 """Of a BM25 index for a token of the encoder's: 0.25 to 0.39 of them are new terms in their text (five corpora), of 8 bytes."""
 METADATA_BYTES = 14
 SHOWN_BYTES = 1.3
 """Of the documents of an artifact for a byte of them in Parquet: 1.1 with metadata, 1.4 without."""
+MERGE_BYTES, PASSAGE_BYTES = 36e6, 55
 PLAIN_COPIES, PACKED_COPIES = 1.24, 2.0
-"""Fitted to merges of 6,805 to 4.2 M passages in one to 37 files (merge.json, plan.json): all within 5 %."""
+"""Fitted to nine merges of 7,000 to 1,000,000 passages in 8 to 245 shards: all within 13 %."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,22 @@ def sizes(config: Config, plan: IndexPlan, ahead: Ahead, dim: int) -> dict[str, 
         "embedding_bytes": vectors + KEY_BYTES * rows,
         "artifact_bytes": round(vectors + rescored + size + SHOWN_BYTES * ahead.document_bytes + words + metadata),
         "index_bytes": size,
-        "merge_memory_bytes": round(_merge_bytes(plan, rows, size, config.compute.merge_memory)),
+        "merge_memory_bytes": round(_merge_bytes(plan, rows, dim, config.compute)),
     }
 
 
-def _merge_bytes(plan: IndexPlan, passages: int, size: int, limit: int) -> float:
-    """What a merge is expected to take, under what it may: an index file in the making, and what reading and writing take."""
-    part = min(size, (limit - LIBRARY_BYTES) / MERGE_COPIES)
+def _merge_bytes(plan: IndexPlan, passages: int, dim: int, compute: ComputeConfig) -> float:
+    """What a merge is expected to take: a row group of every shard, then an index file in the making, and what is always there.
+
+    Shards as on CPUs; those of GPUs are larger and fewer.
+    """
+    size = index_bytes(plan, passages, dim)
     copies = PACKED_COPIES if plan.kind in PACKED else PLAIN_COPIES
-    return min(ROWS_BYTES, ROW_BYTES * passages) + PASSAGE_BYTES * passages + copies * part
+    part = min(size, (compute.merge_memory - LIBRARY_BYTES) / MERGE_COPIES)
+    shard = compute.unit_passages or MAX_UNIT_PASSAGES["cpu"]
+    rows = passages * min(ROW_GROUP_ROWS, shard) / shard
+    groups = rows * (2 * dim + KEY_BYTES) + (0 if plan.kind == "flat" else size * rows / max(1, passages))
+    return MERGE_BYTES + PASSAGE_BYTES * passages + max(groups, copies * part)
 
 
 def put_forecast(job: Job, ahead: Ahead) -> Forecast:

@@ -22,7 +22,7 @@ from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES, Counts, Sources, merge_rows
 from pipeline.lexical import write_lexical
 from pipeline.manifest import IndexPart, Merged, MergeRecord, TrainedManifest, to_bytes
-from pipeline.memory import peak_memory
+from pipeline.memory import give_back, peak_memory
 from pipeline.recall import Ordinals
 from pipeline.storage import Storage
 from pipeline.vectors import INT8, VECTORS, Vectors, open_vectors, write_int8
@@ -47,9 +47,11 @@ def merge(sources: Sources, version: str) -> MergeRecord:
     """Write the data files of an artifact: vectors and documents in ordinal order, and the index over ordinals."""
     started = time.perf_counter()
     job, trained = sources.job, sources.trained
+    give_back()
     with scratch(job) as folder, _frugal_arrow(), peak_memory() as peak:
         codes = folder / "codes"
         counted = merge_rows(sources, folder / VECTORS, folder, codes)
+        give_back()
         lengths = {VECTORS: counted.passages, **{file.name: file.rows for file in counted.documents}}
         vectors = open_vectors(folder / VECTORS, trained.dim)
         rescore = job.config.index.rescore if sources.has_codes else "float16"
@@ -57,6 +59,7 @@ def merge(sources: Sources, version: str) -> MergeRecord:
             write_int8(vectors, folder / INT8)
             lengths[INT8] = counted.passages
         lengths |= _searched_by_words(job, counted, folder)
+        give_back()
         index_started = time.perf_counter()
         index_parts = _write_index(sources, vectors, codes, folder)
         index_s = time.perf_counter() - index_started

@@ -68,12 +68,15 @@ def parquet_bytes(table: Any, *, compress: bool) -> bytes:
     return buffer.getvalue()
 
 
-def open_parquet(storage: Storage, folder: str, file: DataFile) -> Any:
-    """A ParquetFile that checks pages as it reads; raises VerificationError when the file is not the one recorded."""
+def open_parquet(storage: Storage, folder: str, file: DataFile, *, ahead: bool = True) -> Any:
+    """A ParquetFile that checks pages as it reads; raises VerificationError when the file is not the one recorded.
+
+    ``ahead``: read all columns of a row group at once; it keeps their bytes as long as it is open (pyarrow 26).
+    """
     where = f"{folder}/{file.name}"
     try:
         handle = storage.open(where)
-        parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+        parquet = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=ahead)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise VerificationError(f"{storage.at(where)}: not readable, {error}; delete its record and run again") from error
     if parquet.metadata.num_rows != file.rows:
@@ -115,7 +118,7 @@ class Cursor:
         columns: Sequence[str],
         masked: npt.NDArray[np.int64] = NOTHING_MASKED,
     ) -> None:
-        self._parquet = open_parquet(storage, folder, file)
+        self._parquet = open_parquet(storage, folder, file, ahead=False)
         self._columns = list(columns)
         self.schema = self._parquet.schema_arrow
         self.rows = file.rows

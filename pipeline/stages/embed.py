@@ -15,6 +15,7 @@ import ray.data
 from pipeline import retries
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
+    MAX_UNIT_PASSAGES,
     EmbedUnit,
     plan_embedding,
     put_embeddings,
@@ -39,8 +40,6 @@ from pipeline.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from pipeline.encoder import Encoded, Encoder
 
-MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
-"""A unit is what a crash repeats: some ten seconds of work."""
 MIN_UNIT_PASSAGES = 512
 UNITS_PER_ENCODER = 8
 CALIBRATED_PASSAGES = 20_000
