@@ -26,7 +26,7 @@ WALKED_BATCHES = 128
 """Record batches read together where every row is read."""
 FILE_ROWS = 1 << 20
 KNOWN_FILES = 1 << 10
-"""Files whose record batches are known by their first ordinal, after a hit in them: 64 KB each."""
+"""Files whose record batches are known by their first ordinal, after a hit in them: 128 KB each."""
 
 SCHEMA = pa.schema(
     [

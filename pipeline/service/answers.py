@@ -87,8 +87,9 @@ class Search:
 
     @property
     def company(self) -> object:
-        """Requests that have this in common are searched as one; None: this one is not, for others would wait for it."""
-        return None if self.asked.reranking or len(self.queries) > 1 else (id(self.asked.served), self.asked.ask)
+        """Requests that have this in common are searched as one; None: this one is not, others would only wait for it."""
+        gains = self.asked.ask.mode != "lexical" and self.asked.reranking is None and len(self.queries) == 1
+        return (id(self.asked.served), self.asked.ask) if gains else None
 
 
 def answer(searches: Sequence[Search]) -> list[bytes]:
