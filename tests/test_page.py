@@ -202,6 +202,18 @@ def test_a_search_shows_what_the_service_answers(page, client):
 
 
 @browser
+def test_the_page_begins_with_the_mode_of_the_config(config, tmp_path):
+    hybrid = config.model_copy(update={"search": config.search.model_copy(update={"mode": "hybrid"})})
+    with served(hybrid) as client, tab(tmp_path) as opened:
+        opened.visit(f"{client.base_url}/")
+        opened.wait("document.querySelector('[name=mode]:checked')")
+        assert opened.value("document.querySelector('[name=mode]:checked').value") == "hybrid"
+        query = "read a file line by line"
+        search(opened, query)
+        assert ids(opened) == expected(client, queries=query, k=10) == expected(client, queries=query, mode="hybrid", k=10)
+
+
+@browser
 def test_modes_and_the_back_button(page, client):
     query = "read a file line by line"
     search(page, query)

@@ -144,6 +144,7 @@ class Engine:
             passages=manifest.counts["passages"],
             documents=manifest.counts["documents"],
             modes=["dense", "lexical", "hybrid"] if manifest.lexical else ["dense"],
+            mode=self._search.mode,
             rerank=self._reranking.is_named,
             columns=list(manifest.columns),
             recall=manifest.evaluation.recall,

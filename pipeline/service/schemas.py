@@ -228,7 +228,7 @@ class Ready(BaseModel):
 
 
 class Info(BaseModel):
-    """What is served, how good it is, and what a request may ask for."""
+    """What is served, how good it is, and what a request may ask for. ``mode``: of a text search that names none."""
 
     artifact: str
     commit: int | None
@@ -239,6 +239,7 @@ class Info(BaseModel):
     passages: int
     documents: int
     modes: list[Mode]
+    mode: Mode
     rerank: bool
     columns: list[str]
     recall: float
