@@ -5,7 +5,7 @@ earlier artifacts and snapshots, the vectors and codes of its passages. Objects 
 ``search.cache_dir`` of any machine and the corpus itself are beyond this.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import layout, publish, upkeep
 from pipeline.compaction import Store
 from pipeline.config import Config
+from pipeline.document_files import walked
 from pipeline.documents import count_passages, deleted_keys
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.ingestion import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, REJECTED_SCHEMA
@@ -198,18 +199,28 @@ def _put_snapshot(storage: Storage, snapshot: SnapshotManifest, records: list[Re
 
 
 def _search(storage: Storage, files: Iterable[Stored], ids: Any, id_keys: Keys, keys: Keys) -> int:
-    """Look for the documents in every Parquet file; returns how many those are. Raises VerificationError when one is found."""
+    """Look for the documents in every file of rows; returns how many those are. Raises VerificationError when one is found."""
     searched = 0
     for file in files:
-        if not file.path.endswith(".parquet"):
+        if not file.path.endswith((".parquet", ".arrow")):
             continue
-        with storage.open(file.path) as handle, pq.ParquetFile(handle) as parquet:
-            names = [name for name in ("doc_id", "document", "key") if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(columns=names) if names else ():
-                found = "doc_id" in names and _is_of(batch, ids).any()
+        with storage.open(file.path) as handle:
+            for batch in _identities(handle, is_parquet=file.path.endswith(".parquet")):
+                found = "doc_id" in batch.schema.names and _is_of(batch, ids).any()
                 for name, wanted in (("document", id_keys), ("key", keys)):
-                    found = found or (name in names and is_among(keys_of(batch.column(name)), wanted).any())
+                    found = found or (name in batch.schema.names and is_among(keys_of(batch.column(name)), wanted).any())
                 if found:
                     raise VerificationError(f"{storage.at(file.path)}: still has something of the documents; purge again")
         searched += 1
     return searched
+
+
+def _identities(handle: Any, is_parquet: bool) -> Iterator[Any]:
+    """The columns of a file that say whose its rows are, some rows at a time."""
+    columns = ("doc_id", "document", "key")
+    if not is_parquet:
+        yield from walked(handle, columns)
+        return
+    with pq.ParquetFile(handle) as parquet:
+        names = [name for name in columns if name in parquet.schema_arrow.names]
+        yield from parquet.iter_batches(columns=names) if names else ()

@@ -229,13 +229,21 @@ def test_purge_killed_at_any_write_or_delete_is_finished_by_the_same_command(tmp
     assert fatal > 10
 
 
-def test_purge_that_leaves_something_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        ("pipeline.erasure._erase_vectors", r"embeddings/.*\.parquet"),
+        ("pipeline.erasure.upkeep.collect_held", r"artifacts/.*/documents\.arrow"),
+    ],
+)
+def test_purge_that_leaves_something_says_so(tmp_path, monkeypatch, step, left):
     rows = [*sentences(20), {"id": "patient-7", "text": SECRET}]
     config = config_of(tmp_path)
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
     reindex(config)
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows[:20])
     reindex(config)
-    monkeypatch.setattr("pipeline.erasure._erase_vectors", lambda store, keys: 0)
-    with pytest.raises(VerificationError, match=r"embeddings/.*\.parquet: still has something of the documents"):
+    nothing = {"_erase_vectors": lambda *_: 0, "collect_held": lambda *_, **__: upkeep.Collected(kept=())}
+    monkeypatch.setattr(step, nothing[step.rpartition(".")[2]])
+    with pytest.raises(VerificationError, match=rf"{left}: still has something of the documents"):
         purge(config, ["patient-7"])
