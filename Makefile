@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo test image image-test up down soak audit-packages lint format bench bench-encoder bench-index \
-	bench-nights bench-reranker bench-service config-reference clean
+	bench-nights bench-training bench-service config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,12 +88,9 @@ bench-nights: $(INSTALLED)  ## measure a night that changes 1 %, and plans again
 	$(BIN)/python tests/benchmarks/incremental.py $(FOLDER)
 	$(BIN)/python tests/benchmarks/plan.py $(FOLDER)
 
-TRAINER := accelerate datasets 'dill<0.4.2' 'multiprocess<0.70.20' xxhash
-
-bench-reranker: $(INSTALLED)  ## train and measure a cross-encoder on SciFact; a quarter of an hour
+bench-training: $(INSTALLED)  ## train on SciFact's judgements and measure what that does; hours, resumable
 	mkdir -p $(FOLDER)
-	$(BIN)/python -m pip install --quiet --target $(FOLDER)/trainer --no-deps $(TRAINER)
-	PYTHONPATH=$(FOLDER)/trainer $(BIN)/python tests/benchmarks/reranker.py $(FOLDER)/reranker
+	$(BIN)/python tests/benchmarks/training.py $(FOLDER)/training
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts, and ways to search on labelled sets; an hour
 	mkdir -p $(FOLDER)

@@ -4,6 +4,7 @@ import typer
 
 from jobs.audit import audit
 from jobs.bench import app as bench
+from jobs.compare import compare
 from jobs.demo import demo
 from jobs.doctor import app as doctor
 from jobs.evaluate import evaluate
@@ -15,6 +16,7 @@ from jobs.search import search
 from jobs.serve import serve
 from jobs.status import status
 from jobs.submit import submit
+from jobs.train import distill, mine, train_encoder, train_reranker
 from jobs.tune import report, tune
 from jobs.upkeep import gc, purge, rollback, unlock
 from jobs.validate import validate
@@ -29,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    reindex, ingest, embed, index, plan, validate, search, serve, evaluate, tune, report, verify, audit, export, status,
-    rollback, gc, purge, unlock, submit, schedule, demo,
+    reindex, ingest, embed, index, plan, validate, search, serve, evaluate, compare, tune, report, verify, audit, export,
+    status, rollback, gc, purge, unlock, submit, schedule, mine, train_encoder, train_reranker, distill, demo,
 )  # fmt: skip
 for function in COMMANDS:
     app.command()(function)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from pipeline.config import Config, SearchConfig
 from pipeline.errors import ConfigError
 from pipeline.filters import AnyFilter, parse_filter
 from pipeline.live import Opened, open_live, open_uri, query_spec
+from pipeline.model import EncoderSpec
 from pipeline.operating import pick
 from pipeline.recall import Matrix
 from pipeline.reranking import Reranking
@@ -21,9 +23,9 @@ class Artifact:
 
     def __init__(self, opened: Opened, config: Config | None = None) -> None:
         self.opened = opened
-        self._config = config
         self._settings = config.search if config else SearchConfig()
-        self._encoder: Any = None
+        self._spec = query_spec(opened, config)
+        self._encoders: dict[EncoderSpec, Any] = {}
         self._lock = threading.Lock()
         trusted = config is not None and config.encoder.trust_remote_code
         self._reranking = Reranking(self._settings, trust_remote_code=trusted)
@@ -33,14 +35,27 @@ class Artifact:
         """Name of the artifact."""
         return self.opened.manifest.version
 
+    @property
+    def has_reranker(self) -> bool:
+        """Whether the config names a cross-encoder."""
+        return self._reranking.is_named
+
     def encode(self, texts: Sequence[str]) -> Matrix:
         """Unit vectors of queries, (q, dim) float32."""
         with self._lock:
-            if self._encoder is None:
-                from pipeline.encoder import load_query_encoder
+            return np.asarray(self._encoder(self._spec).encode_queries(list(texts)))
 
-                self._encoder = load_query_encoder(query_spec(self.opened, self._config))
-            return np.asarray(self._encoder.encode_queries(list(texts)))
+    def encode_documents(self, texts: Sequence[str]) -> Matrix:
+        """Unit vectors of texts as the artifact would have them, (n, dim) float32, in this machine's best precision."""
+        with self._lock:
+            return np.asarray(self._encoder(replace(self._spec, query_model=None)).encode_documents(list(texts)))
+
+    def _encoder(self, spec: EncoderSpec) -> Any:
+        if spec not in self._encoders:
+            from pipeline.encoder import load_query_encoder
+
+            self._encoders[spec] = load_query_encoder(spec)
+        return self._encoders[spec]
 
     def search(self, query: str, k: int | None = None, **how: Any) -> list[Hit]:
         """The k best documents, each by its best passage; ``how`` as in ``texts``."""

@@ -116,6 +116,16 @@ class Documents:
             found |= dict(zip(rows.column("passage").to_pylist(), rows.column("ordinal").to_pylist(), strict=True))
         return found
 
+    def texts_of(self, doc_ids: Collection[str]) -> dict[str, list[str]]:
+        """The passages of documents, in order; reads the ids and texts of all documents."""
+        wanted = pa.array(sorted(doc_ids), pa.string())
+        found: dict[str, dict[int, str]] = {}
+        for _, _, batch in self.batches(["doc_id", "passage", "text"]):
+            rows = batch.filter(pc.is_in(batch.column("doc_id"), wanted))
+            for row in rows.to_pylist():
+                found.setdefault(row["doc_id"], {})[row["passage"]] = row["text"]
+        return {doc_id: [texts[passage] for passage in sorted(texts)] for doc_id, texts in found.items()}
+
     def _rows_in(self, number: int, ordinals: Ordinals) -> list[dict[str, Any]]:
         reader, firsts = _read(self._maps[number]), self._firsts_in(number)  # a reader of its own: they are not for threads
         begins = np.maximum(firsts.searchsorted(ordinals, "left") - 1, 0)  # many documents with one text span several batches

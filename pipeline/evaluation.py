@@ -17,6 +17,7 @@ from pipeline.searcher import Ask, Queries, Searcher, documents
 from pipeline.storage import Storage
 
 LABELLED_DEPTH = 100
+QRELS_METRICS = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "recall@100": R @ 100}
 
 
 def read_queries(uri: str, store: StoreConfig) -> dict[str, str]:
@@ -50,14 +51,24 @@ def read_qrels(uri: str, store: StoreConfig) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def ir_metrics(qrels: Mapping[str, Mapping[str, int]], ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """nDCG@10, MRR@10 and recall@100 of ranked doc_ids, over the judged queries, by ir-measures (trec_eval).
+def metrics_by_query(
+    qrels: Mapping[str, Mapping[str, int]], ranked: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """nDCG@10, MRR@10 and recall@100 of ranked doc_ids for each judged query, by ir-measures (trec_eval).
 
     Ranks are given as scores, because trec_eval orders equal scores by its own rule.
     """
     run = {query: {doc: float(-rank) for rank, doc in enumerate(ranked.get(query, ()))} for query in qrels}
-    values = ir_measures.calc_aggregate([nDCG @ 10, RR @ 10, R @ 100], qrels, run)
-    return {"ndcg@10": float(values[nDCG @ 10]), "mrr@10": float(values[RR @ 10]), "recall@100": float(values[R @ 100])}
+    found = {name: dict.fromkeys(qrels, 0.0) for name in QRELS_METRICS}
+    names = {measure: name for name, measure in QRELS_METRICS.items()}
+    for each in ir_measures.iter_calc(list(names), qrels, run):
+        found[names[each.measure]][each.query_id] = float(each.value)
+    return found
+
+
+def ir_metrics(qrels: Mapping[str, Mapping[str, int]], ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Means of ``metrics_by_query`` over the judged queries."""
+    return {name: sum(values.values()) / len(values) for name, values in metrics_by_query(qrels, ranked).items()}
 
 
 def _read_text(uri: str, store: StoreConfig) -> str:

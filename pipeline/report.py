@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from matplotlib.axes import Axes
 
+    from pipeline.comparison import Comparison
+
 HTML, JSON = "report.html", "report.json"
-TEMPLATE = "report.html.jinja"
+TEMPLATE, COMPARISON, HEAD = "report.html.jinja", "comparison.html.jinja", "page_head.html.jinja"
+"""The last is in both of the others."""
 INCHES = (4.6, 2.7)
 """441 pixels wide: letters of 10 points are still 10 pixels high on a phone of 390."""
 INK, SERIES, CHOSEN, GRID = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -64,8 +67,17 @@ def render(account: Account) -> bytes:
     return _template().render(account=account, plots=plots).encode()
 
 
+def render_comparison(comparison: "Comparison") -> bytes:
+    """The page of a comparison, UTF-8. The texts of some of its queries are on it."""
+    import markupsafe
+
+    svg = _svg(lambda axes: _quality(axes, comparison))
+    plots = {"quality": markupsafe.Markup(svg)}  # noqa: S704 - drawn here, from numbers
+    return _template(COMPARISON).render(found=comparison, plots=plots).encode()
+
+
 @cache
-def _template() -> "Template":
+def _template(name: str = TEMPLATE) -> "Template":
     """Compiled once: that takes longer than all else of a small page."""
     import jinja2
 
@@ -74,7 +86,7 @@ def _template() -> "Template":
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"bytes": in_bytes, "seconds": in_seconds, "words": _words}
-    return environment.get_template(TEMPLATE)
+    return environment.get_template(name)
 
 
 def in_bytes(size: float) -> str:
@@ -134,6 +146,16 @@ def _recall(axes: "Axes", account: Account) -> None:
     axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("milliseconds per query, one thread")
     axes.set_ylabel(f"recall@{account.evaluation.k}")
+
+
+def _quality(axes: "Axes", comparison: "Comparison") -> None:
+    for number, each in enumerate(comparison.artifacts):
+        colour = SERIES if number else CHOSEN
+        axes.plot([each.bytes_per_vector], [each.metrics["ndcg@10"]], "D" if number == 0 else "o", color=colour, markersize=8)
+        axes.annotate(str(number + 1), (each.bytes_per_vector, each.metrics["ndcg@10"]), (7, 4), textcoords="offset points")
+    axes.margins(0.2)
+    axes.set_xlabel("bytes per vector in the index")
+    axes.set_ylabel("nDCG@10")
 
 
 def _svg(draw: "Callable[[Axes], None]") -> str:

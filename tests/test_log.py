@@ -78,9 +78,9 @@ def test_many_writers_at_once_take_turns_or_are_refused(storage):
 
     def write(number):
         try:
-            with writing(storage, f"run{number}", 1.0) as lease:
+            with writing(storage, f"run{number}", 3.0) as lease:
                 outcomes.append(lease.epoch)
-                time.sleep(2)
+                time.sleep(5)
         except LockedError:
             outcomes.append(None)
 

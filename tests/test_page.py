@@ -15,7 +15,7 @@ from pipeline import layout
 from pipeline.artifact import MANIFEST
 from pipeline.live import open_live
 from pipeline.manifest import to_bytes
-from pipeline.report import HTML, TEMPLATE
+from pipeline.report import HEAD, HTML
 from pipeline.run import reindex
 from pipeline.service.engine import Engine
 from pipeline.service.page import FILE
@@ -142,7 +142,7 @@ def test_its_colours_are_those_of_the_report():
     def colours(text):
         return re.findall(r"^(?:@media.*\{ )?:root \{ --ink.*$", text, re.M)
 
-    report = (FILE.parent.parent / TEMPLATE).read_text(encoding="utf-8")
+    report = (FILE.parent.parent / HEAD).read_text(encoding="utf-8")
     assert len(colours(report)) == 2
     assert colours(FILE.read_text(encoding="utf-8")) == colours(report)
 

@@ -56,7 +56,7 @@ def test_tree_names_every_file_once():
 def test_every_command_is_described():
     from jobs.__main__ import app
 
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = {command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     commands |= {
         f"{group.name} {command.callback.__name__}"
         for group in app.registered_groups
@@ -64,7 +64,7 @@ def test_every_command_is_described():
     }
     commands |= {group.name for group in app.registered_groups if group.typer_instance.info.invoke_without_command is True}
     table = set(
-        re.findall(r"`([\w ]+)`", "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `")))
+        re.findall(r"`([\w -]+)`", "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `")))
     )
     assert table | {"version"} == commands
 

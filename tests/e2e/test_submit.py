@@ -90,7 +90,7 @@ def kill_all_with(part):
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
-def _wait_until(true, seconds=120):
+def _wait_until(true, seconds=240):
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline

@@ -1,0 +1,58 @@
+"""``vecmill compare``: artifacts against each other on the same judged queries."""
+
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+from rich.table import Table
+
+from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
+from pipeline.errors import ConfigError, StorageError
+from pipeline.searcher import Mode
+
+LIKELY_CHANCE = 0.05
+
+
+@command
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(help="Config files (their live artifacts) or artifact URIs; the first is the baseline")
+    ],
+    queries: Annotated[str, typer.Option("--queries", help="JSONL of queries (_id, text)")],
+    qrels: Annotated[str, typer.Option("--qrels", help="TSV of judgements (query-id, corpus-id, score)")],
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="dense, lexical or hybrid, for all; default: each config's search.mode")
+    ] = None,
+    rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank those whose config names a search.reranker")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots to this file")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure nDCG@10, MRR@10, recall@100, time and bytes of each, and how sure the differences to the first are."""
+    from pipeline.comparison import compare as compare_artifacts
+
+    if mode not in {None, *get_args(Mode)}:
+        raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
+    found = compare_artifacts(
+        targets, queries, qrels, mode=cast(Mode | None, mode), rerank=rerank, overrides=tuple(overrides or ())
+    )
+    if html is not None:
+        from pipeline.report import render_comparison
+
+        try:
+            html.write_bytes(render_comparison(found))
+        except OSError as error:
+            raise StorageError(f"{html}: cannot be written, {error.strerror}; choose another file") from error
+    if as_json:
+        print_json(found.model_dump())
+        return
+    table = Table("", *found.artifacts[0].metrics, "ms", "bytes/vector", "dim", box=None)
+    for each in found.artifacts:
+        metrics = [f"{value:.4f}" for value in each.metrics.values()]
+        table.add_row(each.name, *metrics, f"{each.p50_ms:.1f}", f"{each.bytes_per_vector:.1f}", str(each.dim))
+    results.print(table)
+    for change in found.differences:
+        sure = "" if change.p < LIKELY_CHANCE else ", may be chance"
+        counts = f"better for {change.wins}, worse for {change.losses} of {found.queries} queries"
+        results.print(f"{change.name}: {change.metric} {change.mean:+.4f}, p {change.p:.4f}{sure}; {counts}", markup=False)

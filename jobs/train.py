@@ -1,0 +1,213 @@
+"""``vecmill mine``, ``train-encoder``, ``train-reranker``, ``distill``: models made for a corpus, from its own artifact."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import typer
+
+from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, progress, results
+from pipeline.client import Artifact
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError
+from pipeline.evaluation import read_qrels, read_queries
+from pipeline.job import Event
+from pipeline.live import OpenedHere, open_live
+from pipeline.training.distillation import taught
+from pipeline.training.mining import Mining, judged_pairs
+from pipeline.training.mining import mine as mine_negatives
+from pipeline.training.pairs import Pair, Unlabelled, corpus_pairs, read_pairs, write_pairs
+from pipeline.training.recipe import Kind, Recipe, Trained, plan_training
+
+QueriesOption = Annotated[str | None, typer.Option("--queries", help="JSONL of training queries (_id, text)")]
+QrelsOption = Annotated[str | None, typer.Option("--qrels", help="TSV of their judgements (query-id, corpus-id, score)")]
+PairsOption = Annotated[str | None, typer.Option("--pairs", help="Parquet of pairs: query, positive, negatives")]
+NeededPairs = Annotated[str, typer.Option("--pairs", help="Parquet of pairs with negatives, as vecmill mine writes it")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the trained model; must not exist")]
+EpochsOption = Annotated[float, typer.Option("--epochs", min=0.01, help="How often all pairs are read")]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Pairs per step of the optimizer")]
+RateOption = Annotated[float, typer.Option("--learning-rate", min=1e-8, max=1.0, help="At its highest")]
+NegativesOption = Annotated[int, typer.Option("--negatives", min=0, help="Mined negatives used of each pair, at most")]
+AccumulateOption = Annotated[int, typer.Option("--accumulate", min=1, help="Cut a batch into so many passes, for its memory")]
+TokensOption = Annotated[int | None, typer.Option("--max-tokens", min=8, help="Longer texts are cut; default: the model's")]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=1, help="Ray Train workers; more than one need --out where every node sees it")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the order of the pairs, of what is drawn")]
+
+
+@command
+def mine(
+    config: ConfigOption,
+    out: Annotated[str, typer.Option("--out", help="URI of the Parquet file to write")],
+    queries: QueriesOption = None,
+    qrels: QrelsOption = None,
+    pairs: PairsOption = None,
+    unlabelled: Annotated[
+        str | None, typer.Option("--from", help="Pairs of the corpus itself: title (-> text) or sentence (-> the rest)")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="With --from: documents that are read")] = 100_000,
+    negatives: Annotated[int, typer.Option("--negatives", min=0, help="Per pair; 0 finds none")] = 4,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="Drawn from so many, the nearest that are left")] = 20,
+    max_share: Annotated[
+        float, typer.Option("--max-share", min=0, max=1, help="Nearer than this share of the answer's cosine: skipped")
+    ] = 0.95,
+    seed: SeedOption = 1234,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write training pairs with hard negatives: texts that the live artifact finds near a query and that do not answer it."""
+    settings = load_config(config, tuple(overrides or ()))
+    opened = open_live(settings)
+    artifact = Artifact(opened, settings)
+    judged = read_qrels(qrels, settings.store) if qrels else None
+    found = _given_pairs(settings, opened, artifact, queries, judged, pairs, unlabelled, limit)
+    told: dict[str, Any] = {"pairs": len(found), "artifact": artifact.version, "out": out}
+    if negatives:
+        mined = mine_negatives(artifact, found, Mining(negatives, depth, max_share, seed), judged)
+        found = mined.pairs
+        count = sum(len(pair.negatives) for pair in found)
+        told |= {"negatives": count, "too_near": mined.too_near, "fewer": mined.fewer}
+    write_pairs(out, found, settings)
+    if as_json:
+        print_json(told)
+    else:
+        results.print(", ".join(f"{name} {value}" for name, value in told.items()), markup=False)
+
+
+def _given_pairs(
+    settings: Config, opened: OpenedHere, artifact: Artifact, queries: str | None, judged: Any, pairs: str | None,
+    unlabelled: str | None, limit: int,
+) -> list[Pair]:  # fmt: skip
+    if sum(each is not None for each in (queries, pairs, unlabelled)) != 1 or (queries is None) != (judged is None):
+        raise ConfigError("mine: give --queries with --qrels, or --pairs, or --from")
+    if pairs is not None:
+        return read_pairs(pairs, settings)
+    if unlabelled is not None:
+        if unlabelled not in get_args(Unlabelled):
+            raise ConfigError(f"--from {unlabelled}: expected one of {', '.join(get_args(Unlabelled))}")
+        return corpus_pairs(settings, cast(Unlabelled, unlabelled), limit)
+    texts = read_queries(str(queries), settings.store)
+    return judged_pairs(artifact, opened.partition.documents, texts, judged, f"judgements of {queries}")
+
+
+@command
+def train_encoder(
+    config: ConfigOption,
+    out: OutOption,
+    pairs: PairsOption = None,
+    queries: QueriesOption = None,
+    qrels: QrelsOption = None,
+    epochs: EpochsOption = 3.0,
+    batch: BatchOption = 64,
+    learning_rate: RateOption = 5e-5,
+    negatives: NegativesOption = 4,
+    accumulate: AccumulateOption = 1,
+    dims: Annotated[str | None, typer.Option("--dims", help="Leading dimensions to train too (Matryoshka): 256,128")] = None,
+    max_tokens: TokensOption = None,
+    workers: WorkersOption = 1,
+    seed: SeedOption = 1234,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train encoder.model on pairs: each text is the answer of its own query and of no other one in the batch."""
+    settings = load_config(config, tuple(overrides or ()))
+    if pairs is not None and (queries or qrels):
+        raise ConfigError("train-encoder: give --pairs, or --queries with --qrels")
+    if pairs is None:
+        opened = open_live(settings)
+        judged = read_qrels(qrels, settings.store) if qrels else None
+        found = _given_pairs(settings, opened, Artifact(opened, settings), queries, judged, None, None, 0)
+    else:
+        found = read_pairs(pairs, settings)
+    recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, seed=seed)
+    recipe = replace(recipe, dims=_dims(dims), max_tokens=max_tokens or settings.encoder.max_tokens)
+    _tell(_trained("encoder", settings, found, recipe, out, workers=workers), as_json)
+
+
+@command
+def train_reranker(
+    config: ConfigOption,
+    out: OutOption,
+    pairs: NeededPairs,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A cross-encoder, or an encoder that becomes one; default encoder.model")
+    ] = None,
+    epochs: EpochsOption = 2.0,
+    batch: BatchOption = 4,
+    learning_rate: RateOption = 5e-5,
+    negatives: NegativesOption = 4,
+    accumulate: AccumulateOption = 1,
+    max_tokens: TokensOption = None,
+    workers: WorkersOption = 1,
+    seed: SeedOption = 1234,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train a cross-encoder for search.reranker: the answer of each pair above its negatives (ListNet)."""
+    settings = load_config(config, tuple(overrides or ()))
+    recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
+    _tell(_trained("reranker", settings, read_pairs(pairs, settings), recipe, out, model, workers=workers), as_json)
+
+
+@command
+def distill(
+    config: ConfigOption,
+    out: OutOption,
+    pairs: NeededPairs,
+    epochs: EpochsOption = 3.0,
+    batch: BatchOption = 32,
+    learning_rate: RateOption = 5e-5,
+    accumulate: AccumulateOption = 1,
+    max_tokens: TokensOption = None,
+    workers: WorkersOption = 1,
+    seed: SeedOption = 1234,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train encoder.model to tell answers and negatives apart by as much as the cross-encoder search.reranker (MarginMSE)."""
+    settings = load_config(config, tuple(overrides or ()))
+    scored = taught(read_pairs(pairs, settings), settings)
+    recipe = Recipe(epochs, batch, learning_rate, accumulate=accumulate, seed=seed)
+    recipe = replace(recipe, max_tokens=max_tokens or settings.encoder.max_tokens)
+    _tell(_trained("distilled", settings, scored, recipe, out, workers=workers), as_json)
+
+
+def _trained(
+    kind: Kind, settings: Config, pairs: Sequence[Pair], recipe: Recipe, out: Path, model: str | None = None, *, workers: int
+) -> Trained:
+    try:
+        from pipeline.training.trainer import train
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed; pip install 'vecmill[train]'") from error
+    training = plan_training(kind, settings, pairs, recipe, out, model)
+    with progress() as say:
+        say(Event(kind, message=f"{len(pairs)} pairs, {training.model}"))
+        if workers > 1:
+            from pipeline.stages.train import train_on_workers
+
+            return train_on_workers(training, settings.compute, workers)
+        return train(training, say)
+
+
+def _tell(trained: Trained, as_json: bool) -> None:
+    first, last = (trained.losses[place][1] for place in (0, -1)) if trained.losses else (None, None)
+    told = {"out": str(trained.out), "steps": trained.steps, "resumed": trained.resumed, "seconds": round(trained.seconds, 1)}
+    told |= {"first_loss": first, "last_loss": last}
+    if as_json:
+        print_json(told | {"losses": trained.losses})
+    else:
+        results.print(", ".join(f"{name} {value}" for name, value in told.items()), markup=False)
+
+
+def _dims(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(dim) for dim in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ConfigError(f"--dims {text}: expected numbers and commas, as in 256,128") from error

@@ -1,0 +1,1 @@
+"""The loop that makes a corpus's own models: pairs, hard negatives from the live artifact, training."""

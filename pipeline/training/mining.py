@@ -1,0 +1,93 @@
+"""Hard negatives from the live artifact: texts that the index finds near a query and that do not answer it.
+
+Positive-aware: a candidate that is nearly as near as the answer itself may be an answer that nobody has judged, so it is
+skipped above a share of the answer's cosine (NV-Retriever's TopK-PercPos, arXiv 2407.15831, which found 0.95 best).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.client import Artifact
+from pipeline.document_files import Documents
+from pipeline.errors import ConfigError
+from pipeline.recall import Matrix
+from pipeline.searcher import FoundText
+from pipeline.training.pairs import Pair
+
+QUERIES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Mining:
+    """``negatives``: per pair, drawn from the ``depth`` nearest that are left; ``max_share`` of the answer's cosine."""
+
+    negatives: int = 4
+    depth: int = 20
+    max_share: float = 0.95
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Mined:
+    """Pairs with their negatives; candidates ``too_near`` to the answer, pairs that have ``fewer`` negatives than asked for."""
+
+    pairs: list[Pair]
+    too_near: int
+    fewer: int
+
+
+def judged_pairs(
+    artifact: Artifact, documents: Documents, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], source: str
+) -> list[Pair]:
+    """A pair for each relevant document of each query: with the one of its passages that is nearest to the query.
+
+    Raises ConfigError where the artifact has none of the documents.
+    """
+    wanted = [(query, doc) for query, judged in qrels.items() if query in queries for doc, grade in judged.items() if grade > 0]
+    texts = documents.texts_of({doc for _, doc in wanted})
+    pairs = []
+    for query, doc in wanted:
+        passages = texts.get(doc, [])
+        if len(passages) > 1:
+            scores = artifact.encode_documents(passages) @ artifact.encode([queries[query]])[0]
+            passages = [passages[int(scores.argmax())]]
+        pairs += [Pair(queries[query], passage, query_id=query, source=source) for passage in passages]
+    if not pairs:
+        raise ConfigError(f"{source}: the live artifact has none of the relevant documents; check qrels and doc ids")
+    return pairs
+
+
+def mine(artifact: Artifact, pairs: Sequence[Pair], how: Mining, qrels: Mapping[str, Mapping[str, int]] | None = None) -> Mined:
+    """Each pair with negatives from the artifact: none of its own answers, and no document that ``qrels`` calls relevant."""
+    rng = np.random.default_rng(how.seed)
+    answers: dict[str, set[str]] = {}
+    for pair in pairs:
+        answers.setdefault(pair.query, set()).add(pair.positive)
+    most = max(map(len, answers.values()))
+    found: list[Pair] = []
+    too_near = 0
+    for first in range(0, len(pairs), QUERIES_AT_ONCE):
+        batch = pairs[first : first + QUERIES_AT_ONCE]
+        own = _cosines(artifact, batch)
+        near = artifact.texts([pair.query for pair in batch], 2 * how.depth + most, mode="dense")
+        for pair, cosine, candidates in zip(batch, own.tolist(), near, strict=True):
+            relevant = {doc for doc, grade in (qrels or {}).get(pair.query_id or "", {}).items() if grade > 0}
+            wrong = [each for each in candidates if _is_other(each, answers[pair.query], relevant)]
+            left = [each.text for each in wrong if each.scores["dense"] <= how.max_share * cosine]
+            too_near += len(wrong) - len(left)
+            pool = left[: how.depth]
+            drawn = rng.choice(len(pool), min(how.negatives, len(pool)), replace=False)
+            found.append(replace(pair, negatives=tuple(pool[row] for row in np.sort(drawn))))
+    return Mined(found, too_near, sum(len(pair.negatives) < how.negatives for pair in found))
+
+
+def _cosines(artifact: Artifact, pairs: Sequence[Pair]) -> Matrix:
+    """Of each query and its answer, (n,)."""
+    queries, texts = artifact.encode([pair.query for pair in pairs]), [pair.positive for pair in pairs]
+    return np.asarray((queries * artifact.encode_documents(texts)).sum(axis=1))
+
+
+def _is_other(candidate: FoundText, answers: set[str], relevant: set[str]) -> bool:
+    return candidate.text not in answers and not any(hit.doc_id in relevant for hit in candidate.documents)

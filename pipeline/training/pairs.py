@@ -1,0 +1,135 @@
+"""Training pairs: a query, a text that answers it, texts that do not; one Parquet file, with the source of each row.
+
+From judgements (``mining.judged_pairs``), from a corpus that nobody has judged (title -> body, first sentence -> rest), or from
+a file of the user's own, such as generated queries.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import Config
+from pipeline.corpus import SourceDocument, choose_files, normalise, read_documents
+from pipeline.errors import ConfigError
+from pipeline.listing import list_files
+from pipeline.shards import parquet_bytes
+from pipeline.slices import Columns, Slice
+from pipeline.storage import Storage
+
+Unlabelled = Literal["title", "sentence"]
+
+SCHEMA = pa.schema(
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("positive", pa.string(), nullable=False),
+        pa.field("negatives", pa.list_(pa.string())),
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("query_id", pa.string()),
+        pa.field("source", pa.string()),
+    ]
+)
+NEEDED = ("query", "positive")
+SENTENCE = re.compile(r"(.+?[.!?])\s+(\S.*)", re.DOTALL)
+MIN_CHARS = 16
+"""A shorter side says too little to be a query or an answer."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``scores``: a teacher's, of the positive and of each negative, for distillation. ``source``: where the pair is from."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    query_id: str | None = None
+    source: str | None = None
+
+
+def write_pairs(uri: str, pairs: Sequence[Pair], config: Config) -> None:
+    """One Parquet file at any URI."""
+    table = pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=SCHEMA)
+    folder, _, name = uri.rpartition("/")
+    Storage(folder or ".", config.store).put(name, parquet_bytes(table, compress=True))
+
+
+def read_pairs(uri: str, config: Config) -> list[Pair]:
+    """The rows of a Parquet file with at least ``query`` and ``positive``. Raises ConfigError naming what is wrong with it."""
+    folder, _, name = uri.rpartition("/")
+    try:
+        table = pq.read_table(io.BytesIO(Storage(folder or ".", config.store).read(name)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri}: no such file; vecmill mine makes one") from error
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{uri}: no Parquet file, {error}; give pairs as Parquet") from error
+    missing = [column for column in NEEDED if column not in table.column_names]
+    if missing:
+        raise ConfigError(f"{uri}: no column {missing[0]}, found {', '.join(table.column_names)}; expected query and positive")
+    known = [field for field in SCHEMA if field.name in table.column_names]
+    try:
+        rows = table.select([field.name for field in known]).cast(pa.schema([field.with_nullable(True) for field in known]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise ConfigError(f"{uri}: other types than those of training pairs, {error}; expected {SCHEMA}") from error
+    pairs = [_pair(uri, number, row) for number, row in enumerate(rows.to_pylist())]
+    if not pairs:
+        raise ConfigError(f"{uri}: no pairs; give at least one")
+    return pairs
+
+
+def _pair(uri: str, number: int, row: dict[str, Any]) -> Pair:
+    for column in NEEDED:
+        if not (row[column] or "").strip():
+            raise ConfigError(f"{uri}: row {number} has no {column}; mend or drop the row")
+    lists: dict[str, Any] = {name: tuple(row.pop(name, None) or ()) for name in ("negatives", "scores")}
+    pair = Pair(**row, **lists)
+    if not all((text or "").strip() for text in pair.negatives):
+        raise ConfigError(f"{uri}: row {number} has an empty negative; mend or drop the row")
+    if pair.scores and len(pair.scores) != len(pair.negatives) + 1:
+        found = f"{len(pair.scores)} scores for a positive and {len(pair.negatives)} negatives"
+        raise ConfigError(f"{uri}: row {number} has {found}; mend or drop the row")
+    return pair
+
+
+def corpus_pairs(config: Config, kind: Unlabelled, limit: int) -> list[Pair]:
+    """Pairs out of the corpus itself, of its first ``limit`` documents that give one: title -> text, first sentence -> rest.
+
+    Raises ConfigError where the corpus gives none.
+    """
+    cut = _title_and_body if kind == "title" else _sentence_and_rest
+    source = f"{kind} of {config.corpus.uri}"
+    pairs = []
+    for document, title in islice(_documents(config), limit):
+        found = cut(document.text, title)
+        if found and min(map(len, found)) >= MIN_CHARS:
+            pairs.append(Pair(*found, query_id=document.doc_id, source=source))
+    if not pairs:
+        raise ConfigError(f"{config.corpus.uri}: no pair from a {kind}; set corpus.title, or give judgements")
+    return pairs
+
+
+def _documents(config: Config) -> Iterator[tuple[SourceDocument, str]]:
+    """Every document with its title, which its text begins with; an empty one where it has none."""
+    files = [file for file in list_files(config.corpus.uri, config.store) if not file.hidden]
+    for file, kind in choose_files(files, config.corpus):
+        part = Slice(uri=file.uri, size_bytes=file.size_bytes, stamp=file.stamp, content="", format=kind)
+        title = Columns.of(kind, config.corpus).title
+        corpus = config.corpus.model_copy(update={"metadata": (title,) if title else ()})
+        for row in read_documents(part, corpus, config.store):
+            if isinstance(row, SourceDocument):
+                yield row, normalise(str(json.loads(row.metadata)[title] or "")) if title and row.metadata else ""
+
+
+def _title_and_body(text: str, title: str) -> tuple[str, str] | None:
+    return (title, text.removeprefix(title).strip()) if title else None
+
+
+def _sentence_and_rest(text: str, title: str) -> tuple[str, str] | None:
+    found = SENTENCE.fullmatch(text.removeprefix(title).strip())
+    return (found[1], found[2]) if found else None

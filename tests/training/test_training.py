@@ -1,0 +1,223 @@
+"""The loop on a small corpus: pairs from judgements, negatives from the live artifact, models trained and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from pipeline.client import Artifact
+from pipeline.encoder import Encoder, load_query_encoder
+from pipeline.errors import ConfigError
+from pipeline.live import open_live
+from pipeline.model import find_model, resolve_spec
+from pipeline.reranker import load_reranker
+from pipeline.run import reindex
+from pipeline.training.distillation import taught
+from pipeline.training.mining import Mining, judged_pairs, mine
+from pipeline.training.pairs import Pair, read_pairs, write_pairs
+from pipeline.training.recipe import LOG, Recipe, plan_training
+from pipeline.training.trainer import train
+from tests.conftest import MINILM, TOPICS, make_config, sentences, start_ray, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+RECIPE = Recipe(epochs=2, batch=8, learning_rate=5e-4, max_tokens=32)
+QUERIES = {f"q{number}": f"What is written on {TOPICS[number]}s?" for number in range(8)}
+QRELS = {f"q{number}": {f"d{number}": 1, f"d{number + 10}": 1, f"d{number + 20}": 0} for number in range(8)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, short_tmp):
+    """A corpus by the first layer of MiniLM, which is trained in seconds."""
+    start_ray(short_tmp)
+    folder = tmp_path_factory.mktemp("loop")
+    model = SentenceTransformer(str(find_model(MINILM).path))
+    model[0].auto_model.encoder.layer = model[0].auto_model.encoder.layer[:1]
+    model[0].auto_model.config.num_hidden_layers = 1
+    model.save_pretrained(str(folder / "small"))
+    long = {"id": "long", "text": "The lighthouse keeper sleeps. " * 60 + "A violin lies in the attic of the tower."}
+    write_jsonl(folder / "corpus" / "a.jsonl", [*sentences(100), long])
+    config = make_config(folder / "root", folder / "corpus", encoder={"model": str(folder / "small")})
+    reindex(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def pairs(root):
+    opened = open_live(root)
+    artifact = Artifact(opened, root)
+    found = judged_pairs(artifact, opened.partition.documents, QUERIES, QRELS, "test")
+    return mine(artifact, found, Mining(negatives=3, depth=10, max_share=0.99), QRELS).pairs
+
+
+def test_judgements_give_a_pair_for_each_relevant_document(pairs):
+    texts = {row["id"]: row["text"] for row in sentences(100)}
+    expected = {(QUERIES[f"q{number}"], texts[f"d{doc}"]) for number in range(8) for doc in (number, number + 10)}
+    assert {(pair.query, pair.positive) for pair in pairs} == expected
+    assert {pair.source for pair in pairs} == {"test"}
+
+
+def test_a_long_document_answers_with_its_nearest_passage(root):
+    opened = open_live(root)
+    artifact = Artifact(opened, root)
+    qrels = {"q": {"long": 1, "no such document": 1}}
+    (pair,) = judged_pairs(artifact, opened.partition.documents, {"q": "a violin in an attic"}, qrels, "test")
+    assert "violin" in pair.positive
+    with pytest.raises(ConfigError, match="has none of the relevant documents"):
+        judged_pairs(artifact, opened.partition.documents, {"q": "a violin"}, {"q": {"no such document": 1}}, "test")
+
+
+def test_negatives_are_near_and_no_answers(root, pairs):
+    artifact = Artifact(open_live(root), root)
+    texts = {row["text"]: row["id"] for row in sentences(100)}
+    for pair in pairs:
+        vectors = artifact.encode_documents([pair.positive, *pair.negatives])
+        cosines = vectors @ artifact.encode([pair.query])[0]
+        assert (cosines[1:] <= 0.99 * cosines[0] + 1e-3).all()
+        assert len(set(pair.negatives)) == len(pair.negatives)
+        assert not {texts.get(text) for text in pair.negatives} & {doc for doc, grade in QRELS[pair.query_id].items() if grade}
+
+
+def test_mining_is_repeatable_and_counts_what_it_skips(root, pairs):
+    artifact = Artifact(open_live(root), root)
+    bare = [replace(pair, negatives=()) for pair in pairs]
+    again = mine(artifact, bare, Mining(negatives=3, depth=10, max_share=0.99), QRELS)
+    assert again.pairs == pairs
+    assert again.too_near > 0
+    strict = mine(artifact, bare, Mining(negatives=3, depth=10, max_share=0.0), QRELS)
+    assert strict.fewer == len(pairs)
+    other = mine(artifact, bare, Mining(negatives=3, depth=10, max_share=0.99, seed=5), QRELS)
+    assert other.pairs != pairs
+
+
+def test_a_trained_encoder_is_nearer_to_its_answers_and_an_encoder_like_any(root, pairs, tmp_path):
+    trained = train(plan_training("encoder", root, pairs, RECIPE, tmp_path / "model"))
+    assert (trained.steps, trained.resumed) == (4, 0)
+    assert [step for step, _ in trained.losses] == [1, 2, 3, 4]
+    assert not (tmp_path / "model.training").exists()
+    before, after = (margins(load(model), pairs) for model in (root.encoder.model, str(tmp_path / "model")))
+    assert after.mean() > before.mean() + 0.05
+    log = [json.loads(line) for line in (tmp_path / "model" / LOG).read_text().splitlines()]
+    assert log[0]["sources"] == ["test"] and log[0]["pairs"] == len(pairs)
+    assert [line["step"] for line in log[1:]] == [1, 2, 3, 4]
+    assert train(plan_training("encoder", root, pairs, RECIPE, tmp_path / "model")).losses == trained.losses
+    with pytest.raises(ConfigError, match="exists, and is not of this training"):
+        train(plan_training("encoder", root, pairs, replace(RECIPE, seed=9), tmp_path / "model"))
+
+
+def load(model):
+    return load_query_encoder(resolve_spec(model=model)[0])
+
+
+def margins(encoder: Encoder, pairs: list[Pair]) -> np.ndarray:
+    """Cosine of each answer above that of its nearest negative, (n,), of the pairs that have some."""
+    pairs = [pair for pair in pairs if pair.negatives]
+    assert len(pairs) >= 8
+    queries = encoder.encode_queries([pair.query for pair in pairs])
+    answers = encoder.encode_documents([pair.positive for pair in pairs])
+    wrong = [encoder.encode_documents(list(pair.negatives)) for pair in pairs]
+    best = np.array([(vectors @ query).max() for vectors, query in zip(wrong, queries, strict=True)])
+    return (queries * answers).sum(axis=1) - best
+
+
+def test_matryoshka_training_keeps_order_in_few_dimensions(root, pairs, tmp_path):
+    train(plan_training("encoder", root, pairs, replace(RECIPE, dims=(32,)), tmp_path / "model"))
+    short = [
+        margins(load_query_encoder(resolve_spec(model=model, dim=32)[0]), pairs)
+        for model in (root.encoder.model, str(tmp_path / "model"))
+    ]
+    assert short[1].mean() > short[0].mean() + 0.05
+    with pytest.raises(ConfigError, match=r"dims: 512, but .* has 384 dimensions"):
+        train(plan_training("encoder", root, pairs, replace(RECIPE, dims=(512,)), tmp_path / "other"))
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from pipeline.config_file import parse_config
+from pipeline.training.pairs import read_pairs
+from pipeline.training.recipe import Recipe, plan_training
+from pipeline.training.trainer import train
+config = parse_config(json.loads(sys.argv[1]))
+recipe = Recipe(epochs=24, batch=8, learning_rate=5e-5, max_tokens=32)
+train(plan_training("encoder", config, read_pairs(sys.argv[2], config), recipe, Path(sys.argv[3])))
+"""
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_model(root, pairs, tmp_path):
+    write_pairs(str(tmp_path / "pairs.parquet"), pairs, root)
+    settings = json.dumps({"root": root.root, "corpus": {"uri": root.corpus.uri}, "encoder": {"model": root.encoder.model}})
+    recipe = Recipe(epochs=24, batch=8, learning_rate=5e-5, max_tokens=32)
+    stored = read_pairs(str(tmp_path / "pairs.parquet"), root)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, settings, str(tmp_path / "pairs.parquet"), str(tmp_path / "cut")]
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut.training" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert program.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(program.pid, signal.SIGKILL)
+    program.wait()
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(ConfigError, match="the checkpoints of another training"):
+        train(plan_training("encoder", root, stored, replace(recipe, epochs=3), tmp_path / "cut"))
+    resumed = train(plan_training("encoder", root, stored, recipe, tmp_path / "cut"))
+    whole = train(plan_training("encoder", root, stored, recipe, tmp_path / "whole"))
+    assert 0 < resumed.resumed < resumed.steps == whole.steps == 48
+    assert dict(resumed.losses) == pytest.approx(dict(whole.losses), rel=1e-3)
+    texts = [pair.positive for pair in pairs]
+    ours, theirs = (load(str(tmp_path / name)).encode_documents(texts) for name in ("cut", "whole"))
+    assert (ours * theirs).sum(axis=1).min() > 0.9999
+
+
+def test_accumulating_is_the_same_batch(root, pairs, tmp_path):
+    bare = [replace(pair, negatives=pair.negatives[:1]) for pair in pairs]
+    losses = [
+        dict(train(plan_training("reranker", root, bare, replace(RECIPE, accumulate=count), tmp_path / str(count))).losses)
+        for count in (1, 2)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    with pytest.raises(ConfigError, match="batch: 8 pairs are no multiple of 1 workers x 3"):
+        train(plan_training("reranker", root, bare, replace(RECIPE, accumulate=3), tmp_path / "3"))
+
+
+def test_a_trained_cross_encoder_ranks_and_teaches(root, pairs, tmp_path):
+    recipe = replace(RECIPE, epochs=6)
+    train(plan_training("reranker", root, pairs, recipe, tmp_path / "reranker"))
+    reranker = load_reranker(str(tmp_path / "reranker"))
+    assert reranker.max_tokens == 32
+    hard = [pair for pair in pairs if pair.negatives]
+    ranked = [reranker.score(pair.query, [pair.positive, *pair.negatives]) for pair in hard]
+    assert np.mean([scores[0] > scores[1:].max() for scores in ranked]) > 0.7
+    config = root.model_copy(update={"search": root.search.model_copy(update={"reranker": str(tmp_path / "reranker")})})
+    scored = taught(pairs, config)
+    assert scored[0].scores == pytest.approx(ranked[0].tolist(), abs=0.05)
+    train(plan_training("distilled", root, scored, replace(recipe, epochs=3), tmp_path / "student"))
+    before, after = (agreement(load(model), scored) for model in (root.encoder.model, str(tmp_path / "student")))
+    assert after > before + 0.2
+
+
+def agreement(encoder: Encoder, pairs: list[Pair]) -> float:
+    """Correlation of an encoder's margins between answers and negatives with those of the teacher."""
+    margins = []
+    for pair in pairs:
+        query = encoder.encode_queries([pair.query])[0]
+        answer, *wrong = encoder.encode_documents([pair.positive, *pair.negatives]) @ query
+        margins += [(answer - each, pair.scores[0] - score) for each, score in zip(wrong, pair.scores[1:], strict=True)]
+    return float(np.corrcoef(np.array(margins).T)[0, 1])
+
+
+def test_training_without_negatives_or_scores_says_so(root, pairs, tmp_path):
+    bare = [replace(pair, negatives=()) for pair in pairs]
+    for kind in ("reranker", "distilled"):
+        with pytest.raises(ConfigError, match="none has"):
+            train(plan_training(kind, root, bare, RECIPE, tmp_path / kind))
+    with pytest.raises(ConfigError, match="rerank: the config names no cross-encoder"):
+        taught(pairs, root)
