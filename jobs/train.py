@@ -101,10 +101,10 @@ def train_encoder(
     pairs: PairsOption = None,
     queries: QueriesOption = None,
     qrels: QrelsOption = None,
-    epochs: EpochsOption = 3.0,
-    batch: BatchOption = 64,
+    epochs: EpochsOption = 2.0,
+    batch: BatchOption = 32,
     learning_rate: RateOption = 5e-5,
-    negatives: NegativesOption = 4,
+    negatives: NegativesOption = 1,
     accumulate: AccumulateOption = 1,
     dims: Annotated[str | None, typer.Option("--dims", help="Leading dimensions to train too (Matryoshka): 256,128")] = None,
     max_tokens: TokensOption = None,
@@ -125,7 +125,7 @@ def train_encoder(
     else:
         found = read_pairs(pairs, settings)
     recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, seed=seed)
-    recipe = replace(recipe, dims=_dims(dims), max_tokens=max_tokens or settings.encoder.max_tokens)
+    recipe = replace(recipe, dims=_dims(dims), max_tokens=max_tokens)
     _tell(_trained("encoder", settings, found, recipe, out, workers=workers), as_json)
 
 
@@ -160,7 +160,7 @@ def distill(
     config: ConfigOption,
     out: OutOption,
     pairs: NeededPairs,
-    epochs: EpochsOption = 3.0,
+    epochs: EpochsOption = 2.0,
     batch: BatchOption = 32,
     learning_rate: RateOption = 5e-5,
     accumulate: AccumulateOption = 1,
@@ -174,8 +174,7 @@ def distill(
     """Train encoder.model to tell answers and negatives apart by as much as the cross-encoder search.reranker (MarginMSE)."""
     settings = load_config(config, tuple(overrides or ()))
     scored = taught(read_pairs(pairs, settings), settings)
-    recipe = Recipe(epochs, batch, learning_rate, accumulate=accumulate, seed=seed)
-    recipe = replace(recipe, max_tokens=max_tokens or settings.encoder.max_tokens)
+    recipe = Recipe(epochs, batch, learning_rate, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
     _tell(_trained("distilled", settings, scored, recipe, out, workers=workers), as_json)
 
 

@@ -19,6 +19,7 @@ from jobs.options import (
     progress,
     results,
 )
+from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import StorageError
 from pipeline.manifest import ArtifactManifest
@@ -29,6 +30,9 @@ from pipeline.storage import Storage
 @command
 def tune(
     config: ConfigOption,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Commit nothing; write a page on what bytes per vector buy to this file")
+    ] = None,
     overrides: SetOption = None,
     as_json: EventsOption = False,
     verbose: VerboseOption = False,
@@ -38,12 +42,41 @@ def tune(
     from pipeline import run
 
     settings = load_config(config, tuple(overrides or ()))
+    if report is not None:
+        _report_compression(settings, report, quiet=quiet, as_json=as_json)
+        return
     with progress(quiet=quiet, as_json=as_json) as say:
         manifest = run.tune(settings, say=say)
     if as_json:
         print_result(_described(manifest))
     else:
         _show(manifest)
+
+
+def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: bool) -> None:
+    from pipeline.compression import compress
+    from pipeline.report import render_compression
+
+    with progress(quiet=quiet, as_json=as_json) as say:
+        found = compress(settings, say)
+    _write(file, render_compression(found))
+    if as_json:
+        print_result(found.model_dump())
+        return
+    table = Table("", "kind", "dim", "bits/dim", "re-scored", "bytes", "on disk", "recall", "nDCG@10", "ms", box=None)
+    for row in found.rows:
+        quality = "" if row.quality is None else f"{row.quality:.4f}"
+        numbers = (f"{row.bits_per_dimension:g}", row.rescore, f"{row.memory_bytes:.1f}", f"{row.disk_bytes:.0f}")
+        measured = (f"{row.recall:.4f}", quality, f"{row.latency_ms:.2f}")
+        table.add_row("*" if row.is_best else "", row.kind, str(row.dim), *numbers, *measured)
+    results.print(table)
+
+
+def _write(file: Path, page: bytes) -> None:
+    try:
+        file.write_bytes(page)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be written, {error.strerror}; choose another file") from error
 
 
 @command
@@ -63,10 +96,7 @@ def report(
     if html is not None:
         from pipeline.report import render, stored_account
 
-        try:
-            html.write_bytes(render(stored_account(storage, manifest)))
-        except OSError as error:
-            raise StorageError(f"{html}: cannot be written, {error.strerror}; choose another file") from error
+        _write(html, render(stored_account(storage, manifest)))
     if as_json:
         print_json(_described(manifest))
     else:

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pipeline.comparison import Comparison
+    from pipeline.compression import Compression
 
 HTML, JSON = "report.html", "report.json"
-TEMPLATE, COMPARISON, HEAD = "report.html.jinja", "comparison.html.jinja", "page_head.html.jinja"
-"""The last is in both of the others."""
+TEMPLATE, COMPARISON, COMPRESSION = "report.html.jinja", "comparison.html.jinja", "compression.html.jinja"
+HEAD = "page_head.html.jinja"
+"""It is in all of them."""
 INCHES = (4.6, 2.7)
 """441 pixels wide: letters of 10 points are still 10 pixels high on a phone of 390."""
 INK, SERIES, CHOSEN, GRID = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -69,11 +71,19 @@ def render(account: Account) -> bytes:
 
 def render_comparison(comparison: "Comparison") -> bytes:
     """The page of a comparison, UTF-8. The texts of some of its queries are on it."""
+    return _page(COMPARISON, comparison, lambda axes: _quality(axes, comparison))
+
+
+def render_compression(compression: "Compression") -> bytes:
+    """The page of what bytes buy, UTF-8."""
+    return _page(COMPRESSION, compression, lambda axes: _front(axes, compression))
+
+
+def _page(template: str, found: Any, draw: "Callable[[Axes], None]") -> bytes:
     import markupsafe
 
-    svg = _svg(lambda axes: _quality(axes, comparison))
-    plots = {"quality": markupsafe.Markup(svg)}  # noqa: S704 - drawn here, from numbers
-    return _template(COMPARISON).render(found=comparison, plots=plots).encode()
+    plot = markupsafe.Markup(_svg(draw))  # noqa: S704 - drawn here, from numbers
+    return _template(template).render(found=found, plot=plot).encode()
 
 
 @cache
@@ -156,6 +166,16 @@ def _quality(axes: "Axes", comparison: "Comparison") -> None:
     axes.margins(0.2)
     axes.set_xlabel("bytes per vector in the index")
     axes.set_ylabel("nDCG@10")
+
+
+def _front(axes: "Axes", compression: "Compression") -> None:
+    for row in compression.rows:
+        colour, mark = (CHOSEN, "D") if row.is_best else (SERIES, "o")
+        axes.plot([row.memory_bytes], [row.worth], mark, color=colour, markersize=4)
+    best = sorted((row.memory_bytes, row.worth) for row in compression.rows if row.is_best)
+    axes.plot([size for size, _ in best], [worth for _, worth in best], color=CHOSEN, linewidth=1)
+    axes.set_xlabel("bytes per vector in memory")
+    axes.set_ylabel("nDCG@10" if compression.queries else "recall")
 
 
 def _svg(draw: "Callable[[Axes], None]") -> str:

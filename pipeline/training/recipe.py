@@ -23,8 +23,8 @@ class Recipe:
     """``batch``: pairs per step, whatever the number of workers; the optimizer takes a step every ``accumulate`` of them.
 
     ``warmup``: share of the steps. ``negatives``: mined ones that are used of each pair, at most. ``dims``: Matryoshka, the
-    leading dimensions that are trained to stand alone (arXiv 2205.13147). ``max_tokens``: of a text, or of query and text
-    together for a re-ranker; default: the model's.
+    leading dimensions that are trained to stand alone (arXiv 2205.13147). ``max_tokens``: of a text in training, or of query
+    and text together and for good for a re-ranker; default: the model's.
     """
 
     epochs: float

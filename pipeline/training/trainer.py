@@ -64,6 +64,9 @@ def train(training: Training, say: Say = lambda _: None) -> Trained:
     trainer = make(training, checkpoints)
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.add_callback(_Telling(training, Meter(training.out.name, say)))
+    limit = trainer.model.max_seq_length
+    if training.recipe.max_tokens:
+        trainer.model.max_seq_length = training.recipe.max_tokens
     last = _last_checkpoint(checkpoints)
     resumed = int(last.name.rpartition("-")[2]) if last else 0
     started = time.perf_counter()
@@ -71,6 +74,8 @@ def train(training: Training, say: Say = lambda _: None) -> Trained:
     losses = [(int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line]
     trained = Trained(training.out, trainer.state.global_step, losses, time.perf_counter() - started, resumed)
     if trainer.is_world_process_zero():
+        if training.recipe.max_tokens and training.kind != "reranker":
+            trainer.model.max_seq_length = limit  # what a text is cut to in training is for time and memory
         _save(trainer.model, training, trained)
     return trained
 
@@ -117,8 +122,6 @@ def _encoder(training: Training, checkpoints: Path) -> Any:
     prompts = dict(zip(PROMPT_NAMES, training.prompts, strict=True))
     model.prompts = model.prompts | {name: text for name, text in prompts.items() if text}
     recipe = training.recipe
-    if recipe.max_tokens:
-        model.max_seq_length = recipe.max_tokens
     width = model.get_embedding_dimension()
     if any(dim > width for dim in recipe.dims):
         raise ConfigError(f"dims: {max(recipe.dims)}, but {training.model} has {width} dimensions; lower it")
@@ -144,8 +147,6 @@ def _encoder(training: Training, checkpoints: Path) -> Any:
 def _reranker(training: Training, checkpoints: Path) -> Any:
     recipe = training.recipe
     model = _load(training, CrossEncoder)
-    if recipe.max_tokens:
-        model.max_seq_length = recipe.max_tokens
     rows = [
         {"query": pair.query, "texts": [pair.positive, *negatives], "labels": [1.0] + [0.0] * len(negatives)}
         for pair, negatives in _with_negatives(training.pairs, recipe)

@@ -102,6 +102,7 @@ def test_a_trained_encoder_is_nearer_to_its_answers_and_an_encoder_like_any(root
     assert (trained.steps, trained.resumed) == (4, 0)
     assert [step for step, _ in trained.losses] == [1, 2, 3, 4]
     assert not (tmp_path / "model.training").exists()
+    assert resolve_spec(model=str(tmp_path / "model"))[0].max_tokens == resolve_spec(model=root.encoder.model)[0].max_tokens
     before, after = (margins(load(model), pairs) for model in (root.encoder.model, str(tmp_path / "model")))
     assert after.mean() > before.mean() + 0.05
     log = [json.loads(line) for line in (tmp_path / "model" / LOG).read_text().splitlines()]
