@@ -1,6 +1,6 @@
 """Measures dense, BM25, hybrid and re-ranked search on labelled sets; writes retrieval.json. Five minutes on 2 cores.
 
-``python tests/benchmarks/retrieval.py [RERANKER]``: a folder with a cross-encoder, for the re-ranked rows; reranker.py trains
+``python tests/benchmarks/retrieval.py [RERANKER]``: a folder with a cross-encoder, for the re-ranked rows; training.py trains
 one. SciFact and CACM are read from ../shared/data and indexed by vecmill with its default settings and ``index.lexical``; what
 is judged is what ``search`` answers. Reciprocal rank fusion has Cormack's 60 and equal weights, weighted fusion equal weights:
 nothing is tuned. Latencies are of one query at a time with its encoding, medians over the queries.

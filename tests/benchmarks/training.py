@@ -1,4 +1,4 @@
-"""Measures what training on few judgements does to retrieval; writes training.json. An hour and a half on 2 slow cores.
+"""Measures what training on few judgements does to retrieval; writes training.json. An hour on 2 slow cores.
 
 ``python tests/benchmarks/training.py FOLDER``: where everything is kept; run again, it goes on where it was cut short.
 SciFact (../shared/data): its 809 training queries train the models that its 300 test queries judge. No choice is made on
@@ -31,7 +31,6 @@ from tests.benchmarks.spine import machine
 from tests.conftest import SHARED_DATA
 
 DATASETS = ("scifact", "cacm")
-DEPTH = 50
 MAX_TOKENS = 128
 IN_BATCH = Recipe(epochs=2, batch=32, learning_rate=5e-5, negatives=0, max_tokens=MAX_TOKENS)
 RERANKER = Recipe(epochs=2, batch=4, learning_rate=5e-5, negatives=3, max_tokens=192)
@@ -43,15 +42,12 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def config(self, name: str, dataset: str, *, model: Path | None = None, reranker: Path | None = None) -> str:
-        """A config file whose live artifact is that of the first part of ``name``."""
-        root = self.folder / f"{name.partition('+')[0]}-{dataset}"
-        settings: dict[str, Any] = {"root": str(root), "corpus": {"uri": str(SHARED_DATA / dataset)}}
-        settings["passages"] = {"long": "truncate"}
-        if model:
-            settings["encoder"] = {"model": str(model)}
-        if reranker:
-            settings["search"] = {"reranker": str(reranker), "rerank_depth": DEPTH}
+    def config(self, name: str, dataset: str, *, model: Path | None = None) -> str:
+        settings: dict[str, Any] = {
+            "root": str(self.folder / f"{name}-{dataset}"),
+            "corpus": {"uri": str(SHARED_DATA / dataset)},
+            "passages": {"long": "truncate"},
+        } | ({"encoder": {"model": str(model)}} if model else {})
         file = self.folder / f"{name}-{dataset}.yaml"
         file.write_text(json.dumps(settings))
         return str(file)
@@ -103,28 +99,24 @@ def loop(bench: Bench) -> dict[str, float]:
 
 
 def others(bench: Bench) -> None:
-    """The models beside that of the loop: one without mined negatives; a cross-encoder, for what the trained one finds."""
-    base, mined = bench.config("shipped", "scifact"), bench.config("mined", "scifact", model=bench.folder / "models" / "mined")
+    """The models beside that of the loop: a cross-encoder for retrieval.py, and an encoder without mined negatives."""
+    base = bench.config("shipped", "scifact")
     pairs = read_pairs(str(bench.folder / "train.parquet"), load_config(base))
+    bench.train("reranker", base, pairs, RERANKER, "reranker")
     bench.train("encoder", base, pairs, IN_BATCH, "in-batch")
-    hard = read_pairs(bench.pairs(mined, "hard")[0], load_config(base))
-    bench.train("reranker", base, hard, RERANKER, "reranker")
 
 
 def judge(bench: Bench) -> dict[str, Any]:
-    """Every model's live artifacts, against the one as shipped; then what re-ranking adds."""
+    """Every model's live artifacts, against the one as shipped."""
     found: dict[str, Any] = {}
-    models = bench.folder / "models"
     for dataset in DATASETS:
         data = SHARED_DATA / dataset
         judged = (str(data / "queries.jsonl.gz"), str(data / "qrels" / "test.tsv"))
         configs = [bench.config("shipped", dataset)]
-        configs += [bench.config(name, dataset, model=models / name) for name in ("in-batch", "mined")]
+        configs += [bench.config(name, dataset, model=bench.folder / "models" / name) for name in ("in-batch", "mined")]
         for config in configs:
             bench.vecmill("reindex", "-q", "-c", config)
         found[dataset] = told(compare(configs, *judged))
-        ranked = bench.config("mined+reranked", dataset, model=models / "mined", reranker=models / "reranker")
-        found[f"{dataset}, re-ranked"] = told(compare([configs[-1], ranked], *judged, rerank=True))
         print(json.dumps(found, indent=1), flush=True)
     return found
 
