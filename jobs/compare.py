@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.errors import ConfigError, StorageError
+from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results, write_page
+from pipeline.comparison import Comparison
+from pipeline.comparison import compare as compare_artifacts
+from pipeline.errors import ConfigError
 from pipeline.searcher import Mode
 
 LIKELY_CHANCE = 0.05
@@ -30,27 +33,26 @@ def compare(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure nDCG@10, MRR@10, recall@100, time and bytes of each, and how sure the differences to the first are."""
-    from pipeline.comparison import compare as compare_artifacts
-
     if mode not in {None, *get_args(Mode)}:
         raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
     found = compare_artifacts(
         targets, queries, qrels, mode=cast(Mode | None, mode), rerank=rerank, overrides=tuple(overrides or ())
     )
+    if as_json:
+        print_json(found.model_dump())
+    else:
+        _show(found)
     if html is not None:
         from pipeline.report import render_comparison
 
-        try:
-            html.write_bytes(render_comparison(found))
-        except OSError as error:
-            raise StorageError(f"{html}: cannot be written, {error.strerror}; choose another file") from error
-    if as_json:
-        print_json(found.model_dump())
-        return
+        write_page(html, render_comparison(found))
+
+
+def _show(found: Comparison) -> None:
     table = Table("", *found.artifacts[0].metrics, "ms", "bytes/vector", "dim", box=None)
     for each in found.artifacts:
         metrics = [f"{value:.4f}" for value in each.metrics.values()]
-        table.add_row(each.name, *metrics, f"{each.p50_ms:.1f}", f"{each.bytes_per_vector:.1f}", str(each.dim))
+        table.add_row(escape(each.name), *metrics, f"{each.p50_ms:.1f}", f"{each.bytes_per_vector:.1f}", str(each.dim))
     results.print(table)
     for change in found.differences:
         sure = "" if change.p < LIKELY_CHANCE else ", may be chance"

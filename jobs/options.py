@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline.errors import VecmillError
+from pipeline.errors import StorageError, VecmillError
 from pipeline.job import Event, Say
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Config file, YAML")]
@@ -83,6 +84,14 @@ def duration(text: str) -> float:
 def print_json(value: Any) -> None:
     """One JSON value on stdout."""
     print(json.dumps(value, ensure_ascii=False, indent=1, default=str))  # noqa: T201 - results go to stdout
+
+
+def write_page(file: Path, page: bytes) -> None:
+    """A page that an option asked for; raises StorageError where it cannot be written."""
+    try:
+        file.write_bytes(page)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be written, {error.strerror}; choose another file") from error
 
 
 def print_result(value: dict[str, Any]) -> None:

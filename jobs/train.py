@@ -1,6 +1,6 @@
 """``vecmill mine``, ``train-encoder``, ``train-reranker``, ``distill``: models made for a corpus, from its own artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -15,12 +15,13 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation import read_qrels, read_queries
 from pipeline.job import Event
 from pipeline.live import OpenedHere, open_live
-from pipeline.training.distillation import taught
+from pipeline.training.distillation import taught, teacher_of
 from pipeline.training.mining import Mining, judged_pairs
 from pipeline.training.mining import mine as mine_negatives
 from pipeline.training.pairs import Pair, Unlabelled, corpus_pairs, read_pairs, write_pairs
-from pipeline.training.recipe import Kind, Recipe, Trained, plan_training
+from pipeline.training.recipe import Recipe, Trained, Training, finished, plan_training
 
+Judgements = Mapping[str, Mapping[str, int]]
 QueriesOption = Annotated[str | None, typer.Option("--queries", help="JSONL of training queries (_id, text)")]
 QrelsOption = Annotated[str | None, typer.Option("--qrels", help="TSV of their judgements (query-id, corpus-id, score)")]
 PairsOption = Annotated[str | None, typer.Option("--pairs", help="Parquet of pairs: query, positive, negatives")]
@@ -64,10 +65,19 @@ def mine(
     opened = open_live(settings)
     artifact = Artifact(opened, settings)
     judged = read_qrels(qrels, settings.store) if qrels else None
-    found = _given_pairs(settings, opened, artifact, queries, judged, pairs, unlabelled, limit)
+    if sum(each is not None for each in (queries, pairs, unlabelled)) != 1 or (queries is not None and judged is None):
+        raise ConfigError("mine: give --queries with --qrels, or --pairs, or --from")
+    shown = None
+    if pairs is not None:
+        found = read_pairs(pairs, settings)
+    elif unlabelled is not None:
+        found = corpus_pairs(settings, _unlabelled(unlabelled), limit, opened.partition.documents.ids(), seed)
+        shown = {str(pair.doc_id): pair.positive for pair in found}  # without their titles, as the answers are
+    else:
+        found = _judged_pairs(settings, opened, artifact, str(queries), judged or {})
     told: dict[str, Any] = {"pairs": len(found), "artifact": artifact.version, "out": out}
     if negatives:
-        mined = mine_negatives(artifact, found, Mining(negatives, depth, max_share, seed), judged)
+        mined = mine_negatives(artifact, found, Mining(negatives, depth, max_share, seed), judged, shown)
         found = mined.pairs
         count = sum(len(pair.negatives) for pair in found)
         told |= {"negatives": count, "too_near": mined.too_near, "fewer": mined.fewer}
@@ -78,19 +88,14 @@ def mine(
         results.print(", ".join(f"{name} {value}" for name, value in told.items()), markup=False)
 
 
-def _given_pairs(
-    settings: Config, opened: OpenedHere, artifact: Artifact, queries: str | None, judged: Any, pairs: str | None,
-    unlabelled: str | None, limit: int,
-) -> list[Pair]:  # fmt: skip
-    if sum(each is not None for each in (queries, pairs, unlabelled)) != 1 or (queries is None) != (judged is None):
-        raise ConfigError("mine: give --queries with --qrels, or --pairs, or --from")
-    if pairs is not None:
-        return read_pairs(pairs, settings)
-    if unlabelled is not None:
-        if unlabelled not in get_args(Unlabelled):
-            raise ConfigError(f"--from {unlabelled}: expected one of {', '.join(get_args(Unlabelled))}")
-        return corpus_pairs(settings, cast(Unlabelled, unlabelled), limit)
-    texts = read_queries(str(queries), settings.store)
+def _unlabelled(text: str) -> Unlabelled:
+    if text not in get_args(Unlabelled):
+        raise ConfigError(f"--from {text}: expected one of {', '.join(get_args(Unlabelled))}")
+    return cast(Unlabelled, text)
+
+
+def _judged_pairs(settings: Config, opened: OpenedHere, artifact: Artifact, queries: str, judged: Judgements) -> list[Pair]:
+    texts = read_queries(queries, settings.store)
     return judged_pairs(artifact, opened.partition.documents, texts, judged, f"judgements of {queries}")
 
 
@@ -105,7 +110,6 @@ def train_encoder(
     batch: BatchOption = 32,
     learning_rate: RateOption = 5e-5,
     negatives: NegativesOption = 1,
-    accumulate: AccumulateOption = 1,
     dims: Annotated[str | None, typer.Option("--dims", help="Leading dimensions to train too (Matryoshka): 256,128")] = None,
     max_tokens: TokensOption = None,
     workers: WorkersOption = 1,
@@ -116,17 +120,16 @@ def train_encoder(
 ) -> None:
     """Train encoder.model on pairs: each text is the answer of its own query and of no other one in the batch."""
     settings = load_config(config, tuple(overrides or ()))
-    if pairs is not None and (queries or qrels):
+    if (pairs is None) == (queries is None) or (queries is None) != (qrels is None):
         raise ConfigError("train-encoder: give --pairs, or --queries with --qrels")
-    if pairs is None:
-        opened = open_live(settings)
-        judged = read_qrels(qrels, settings.store) if qrels else None
-        found = _given_pairs(settings, opened, Artifact(opened, settings), queries, judged, None, None, 0)
-    else:
+    if pairs is not None:
         found = read_pairs(pairs, settings)
-    recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, seed=seed)
-    recipe = replace(recipe, dims=_dims(dims), max_tokens=max_tokens)
-    _tell(_trained("encoder", settings, found, recipe, out, workers=workers), as_json)
+    else:
+        opened = open_live(settings)
+        judged = read_qrels(str(qrels), settings.store)
+        found = _judged_pairs(settings, opened, Artifact(opened, settings), str(queries), judged)
+    recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, dims=_dims(dims), max_tokens=max_tokens, seed=seed)
+    _tell(_run(plan_training("encoder", settings, found, recipe, out), settings, workers), as_json)
 
 
 @command
@@ -152,7 +155,8 @@ def train_reranker(
     """Train a cross-encoder for search.reranker: the answer of each pair above its negatives (ListNet)."""
     settings = load_config(config, tuple(overrides or ()))
     recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
-    _tell(_trained("reranker", settings, read_pairs(pairs, settings), recipe, out, model, workers=workers), as_json)
+    training = plan_training("reranker", settings, read_pairs(pairs, settings), recipe, out, model)
+    _tell(_run(training, settings, workers), as_json)
 
 
 @command
@@ -173,21 +177,19 @@ def distill(
 ) -> None:
     """Train encoder.model to tell answers and negatives apart by as much as the cross-encoder search.reranker (MarginMSE)."""
     settings = load_config(config, tuple(overrides or ()))
-    scored = taught(read_pairs(pairs, settings), settings)
+    found = [pair for pair in read_pairs(pairs, settings) if pair.negatives]
     recipe = Recipe(epochs, batch, learning_rate, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
-    _tell(_trained("distilled", settings, scored, recipe, out, workers=workers), as_json)
+    training = replace(plan_training("distilled", settings, found, recipe, out), teacher=teacher_of(settings))
+    _tell(finished(training) or _run(replace(training, pairs=taught(found, settings)), settings, workers), as_json)
 
 
-def _trained(
-    kind: Kind, settings: Config, pairs: Sequence[Pair], recipe: Recipe, out: Path, model: str | None = None, *, workers: int
-) -> Trained:
+def _run(training: Training, settings: Config, workers: int) -> Trained:
     try:
         from pipeline.training.trainer import train
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed; pip install 'vecmill[train]'") from error
-    training = plan_training(kind, settings, pairs, recipe, out, model)
     with progress() as say:
-        say(Event(kind, message=f"{len(pairs)} pairs, {training.model}"))
+        say(Event(training.kind, message=f"{len(training.pairs)} pairs, {training.model}"))
         if workers > 1:
             from pipeline.stages.train import train_on_workers
 

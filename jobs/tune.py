@@ -18,10 +18,11 @@ from jobs.options import (
     print_result,
     progress,
     results,
+    write_page,
 )
+from pipeline.compression import Compression, compress
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import StorageError
 from pipeline.manifest import ArtifactManifest
 from pipeline.publish import require_live
 from pipeline.storage import Storage
@@ -54,15 +55,18 @@ def tune(
 
 
 def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: bool) -> None:
-    from pipeline.compression import compress
     from pipeline.report import render_compression
 
     with progress(quiet=quiet, as_json=as_json) as say:
         found = compress(settings, say)
-    _write(file, render_compression(found))
     if as_json:
         print_result(found.model_dump())
-        return
+    else:
+        _show_compression(found)
+    write_page(file, render_compression(found))
+
+
+def _show_compression(found: Compression) -> None:
     table = Table("", "kind", "dim", "bits/dim", "re-scored", "bytes", "on disk", "recall", "nDCG@10", "ms", box=None)
     for row in found.rows:
         quality = "" if row.quality is None else f"{row.quality:.4f}"
@@ -70,13 +74,6 @@ def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: b
         measured = (f"{row.recall:.4f}", quality, f"{row.latency_ms:.2f}")
         table.add_row("*" if row.is_best else "", row.kind, str(row.dim), *numbers, *measured)
     results.print(table)
-
-
-def _write(file: Path, page: bytes) -> None:
-    try:
-        file.write_bytes(page)
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be written, {error.strerror}; choose another file") from error
 
 
 @command
@@ -96,7 +93,7 @@ def report(
     if html is not None:
         from pipeline.report import render, stored_account
 
-        _write(html, render(stored_account(storage, manifest)))
+        write_page(html, render(stored_account(storage, manifest)))
     if as_json:
         print_json(_described(manifest))
     else:

@@ -17,7 +17,7 @@ from pipeline.client import Artifact, open_artifact, open_root
 from pipeline.config import StoreConfig
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluation import LABELLED_DEPTH, QRELS_METRICS, metrics_by_query, read_qrels, read_queries
+from pipeline.evaluation import LABELLED_DEPTH, QRELS_METRICS, chosen_queries, metrics_by_query, read_qrels
 from pipeline.searcher import Mode, documents
 
 PERMUTATIONS = 20_000
@@ -42,6 +42,7 @@ class Compared(BaseModel):
     dim: int
     bytes_per_vector: float
     artifact_bytes: int
+    reranked: bool
     metrics: dict[str, float]
     p50_ms: float
 
@@ -80,7 +81,6 @@ class Comparison(BaseModel):
 
     queries: int
     mode: str
-    reranked: bool
     artifacts: tuple[Compared, ...]
     differences: tuple[Difference, ...]
 
@@ -95,12 +95,14 @@ def compare(
 
     Raises ConfigError where a target, the queries or their judgements are not there.
     """
+    if len(targets) < 2:
+        raise ConfigError("compare: give two or more config files or artifact URIs")
     opened = [_open(target, overrides) for target in targets]
+    if rerank and not any(artifact.has_reranker for artifact, _ in opened):
+        raise ConfigError("compare: none of the configs names a search.reranker")
     store = opened[0][1]
     judgements = read_qrels(qrels, store)
-    texts = {name: text for name, text in read_queries(queries, store).items() if name in judgements}
-    if not texts:
-        raise ConfigError(f"{queries}: no query that {qrels} judges; check both")
+    texts = chosen_queries(queries, store, judgements.keys())
     judgements = {name: judgements[name] for name in texts}
     found, scores = [], []
     for target, (artifact, _) in zip(targets, opened, strict=True):
@@ -115,7 +117,6 @@ def compare(
     return Comparison(
         queries=len(texts),
         mode=mode or "as configured",
-        reranked=rerank,
         artifacts=tuple(found),
         differences=tuple(differences),
     )
@@ -152,6 +153,7 @@ def _judge(
         dim=manifest.dim,
         bytes_per_vector=round(index_bytes / max(1, manifest.counts["passages"]), 1),
         artifact_bytes=sum(file.size_bytes for file in manifest.files.values()),
+        reranked=rerank,
         metrics={metric: round(statistics.fmean(values.values()), 4) for metric, values in by_query.items()},
         p50_ms=round(1000 * statistics.median(seconds[:TIMED_QUERIES]), 2),
     )

@@ -20,7 +20,7 @@ from pipeline.collection import Collection
 from pipeline.config import Config, IndexConfig
 from pipeline.document_files import Documents
 from pipeline.errors import ConfigError
-from pipeline.evaluation import ir_metrics, read_qrels, read_queries
+from pipeline.evaluation import chosen_queries, ir_metrics, read_qrels
 from pipeline.index_parts import Parts
 from pipeline.index_plan import choose
 from pipeline.job import Event, Say
@@ -46,7 +46,7 @@ class Compressed(BaseModel):
     """One compression. Bytes are per vector: of the index in memory, of what re-scores its candidates on disk.
 
     ``recall``: of the exact neighbours in all dimensions; ``quality``: nDCG@10 over judged queries, None without any.
-    ``is_best``: none of fewer or equal bytes in memory is better.
+    ``is_best``: nothing of as few bytes in memory is better, or as good and smaller.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -118,7 +118,7 @@ class _Cut:
 def compress(config: Config, say: Say = lambda _: None) -> Compression:
     """Measure the live artifact's vectors. ``evaluation.queries`` and ``qrels`` are what quality is judged by, if there.
 
-    Writes nothing. Raises ConfigError for an artifact of too many passages, or of too few to hold any out.
+    Writes nothing. Raises ConfigError for an artifact without vectors or of too many passages.
     """
     opened = open_live(config)
     manifest = opened.manifest
@@ -156,7 +156,7 @@ def _judged(config: Config, opened: OpenedHere) -> _Judged | None:
     if evaluation.queries is None or evaluation.qrels is None:
         return None
     qrels = read_qrels(evaluation.qrels, config.store)
-    texts = {name: text for name, text in read_queries(evaluation.queries, config.store).items() if name in qrels}
+    texts = chosen_queries(evaluation.queries, config.store, qrels.keys())
     vectors = Artifact(opened, config).encode(list(texts.values()))
     return _Judged(vectors, list(texts), {name: qrels[name] for name in texts}, _doc_ids(opened.partition.documents))
 
@@ -237,7 +237,9 @@ def _recall(collection: Collection, cut: _Cut, whole: _Cut, point: OperatingPoin
 
 
 def _best(rows: Sequence[Compressed]) -> Iterator[Compressed]:
-    """The rows with those marked that nothing of as few bytes in memory beats."""
+    """The rows with those marked that no other is better than, or as good and smaller."""
     for row in rows:
-        rivals = [other.worth for other in rows if other.memory_bytes <= row.memory_bytes and other is not row]
-        yield row.model_copy(update={"is_best": all(worth < row.worth for worth in rivals)})
+        mine = (-row.worth, row.memory_bytes, row.disk_bytes)
+        rivals = [(-other.worth, other.memory_bytes, other.disk_bytes) for other in rows]
+        beaten = any(rival < mine and rival[1] <= mine[1] for rival in rivals)
+        yield row.model_copy(update={"is_best": not beaten})

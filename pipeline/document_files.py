@@ -116,6 +116,10 @@ class Documents:
             found |= dict(zip(rows.column("passage").to_pylist(), rows.column("ordinal").to_pylist(), strict=True))
         return found
 
+    def ids(self) -> set[str]:
+        """Those of all documents."""
+        return {doc_id for _, _, batch in self.batches(["doc_id"]) for doc_id in batch.column("doc_id").to_pylist()}
+
     def texts_of(self, doc_ids: Collection[str]) -> dict[str, list[str]]:
         """The passages of documents, in order; reads the ids and texts of all documents."""
         wanted = pa.array(sorted(doc_ids), pa.string())

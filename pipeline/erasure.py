@@ -2,7 +2,7 @@
 
 What a document left behind when it went out of the corpus: its rows in ingest units (hidden by ``corpus.deletes`` or rejected),
 earlier artifacts and snapshots, the vectors and codes of its passages. Objects that a versioned bucket keeps, copies in
-``search.cache_dir`` of any machine and the corpus itself are beyond this.
+``search.cache_dir`` of any machine, training pairs, models trained on them and the corpus itself are beyond this.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator

@@ -89,7 +89,7 @@ def labelled(
     before the cut.
     """
     judgements = read_qrels(qrels, store)
-    texts = _chosen_queries(queries, store, judgements.keys())
+    texts = chosen_queries(queries, store, judgements.keys())
     asked = Queries(_encoded(spec, list(texts.values())), list(texts.values()))
     asks = {"exact": Ask(LABELLED_DEPTH, exact=True), "index": Ask(LABELLED_DEPTH)}
     if searcher.has_lexical:
@@ -104,10 +104,11 @@ def labelled(
 
 def encode_queries(spec: EncoderSpec, uri: str, store: StoreConfig) -> Matrix:
     """Read and encode a query file on this machine: (q, dim) unit vectors."""
-    return _encoded(spec, list(_chosen_queries(uri, store, None).values()))
+    return _encoded(spec, list(chosen_queries(uri, store, None).values()))
 
 
-def _chosen_queries(uri: str, store: StoreConfig, only: Collection[str] | None) -> dict[str, str]:
+def chosen_queries(uri: str, store: StoreConfig, only: Collection[str] | None) -> dict[str, str]:
+    """The queries of a file, or those ``only``; ConfigError where there is none."""
     queries = {name: text for name, text in read_queries(uri, store).items() if only is None or name in only}
     if not queries:
         raise ConfigError(f"{uri}: no query that is judged; check queries and qrels")

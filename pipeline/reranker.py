@@ -154,12 +154,13 @@ def load_reranker(
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
     precision: str = "auto",
+    activated: bool = True,
 ) -> Reranker:
     """A cross-encoder given as folder, ``package:<import name>/<folder>`` or hub id + revision.
 
     ``max_tokens``: of query and text together, special tokens included; default: what the model says. ``precision``: as an
-    encoder's, without int8. Raises ConfigError for a model that is none or has another number of outputs than one,
-    EncoderError for one that cannot be loaded.
+    encoder's, without int8. ``activated``: scores through the model's own activation, such as a sigmoid. Raises ConfigError
+    for a model that is none or has another number of outputs than one, EncoderError for one that cannot be loaded.
     """
     import torch
     from sentence_transformers import CrossEncoder
@@ -181,6 +182,8 @@ def load_reranker(
     loaded = torch_engine.load(str(path), device, trust_remote_code=trust_remote_code, kind=CrossEncoder)
     if loaded.num_labels != 1:
         raise ConfigError(f"{KEYS[0]}: {path}: found {loaded.num_labels} outputs, expected one; name another cross-encoder")
+    if not activated:
+        loaded.activation_fn = torch.nn.Identity()
     limit = max_tokens or min(loaded.max_seq_length or UNLIMITED_TOKENS, positions)
     return Reranker(loaded, path, limit, resolve_precision(precision, on_gpu=gpu, overflows=overflows(path)))
 

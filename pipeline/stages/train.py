@@ -11,9 +11,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipeline.config import ComputeConfig
-from pipeline.errors import ProcessError
+from pipeline.errors import ConfigError, ProcessError
 from pipeline.stages.cluster import connected
-from pipeline.training.recipe import Trained, Training, begin, finished, share
+from pipeline.training.recipe import Trained, Training, finished, share
 
 RESTARTS = 3
 """Of all workers together, after one has died."""
@@ -25,15 +25,24 @@ def train_on_workers(training: Training, compute: ComputeConfig, workers: int) -
     if done is not None:
         return done
     share(training.recipe, workers)
-    begin(training)
     notes = training.out.with_name(f"{training.out.name}.ray")
     with connected(compute) as cluster:
-        resources = {"CPU": max(1, cluster.cpus // workers)} | ({"GPU": 1} if cluster.gpus else {})
+        room = int(cluster.gpus) or cluster.cpus
+        if workers > room:
+            raise ConfigError(
+                f"--workers {workers}: the cluster has {room} {'GPUs' if cluster.gpus else 'CPUs'}; ask for fewer"
+            )
+        share_cpus = max(1, min(cluster.cpus // workers, cluster.node_cpus))
+        resources = {"CPU": 1, "GPU": 1} if cluster.gpus else {"CPU": share_cpus}
         trainer = TorchTrainer(
             _work,
             train_loop_config={"training": training},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(cluster.gpus), resources_per_worker=resources),
-            run_config=RunConfig(name="training", storage_path=str(notes), failure_config=FailureConfig(max_failures=RESTARTS)),
+            run_config=RunConfig(
+                name="training",
+                storage_path=str(notes),
+                failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=RESTARTS),
+            ),
         )
         try:
             trainer.fit()

@@ -53,41 +53,60 @@ def judged_pairs(
         if len(passages) > 1:
             scores = artifact.encode_documents(passages) @ artifact.encode([queries[query]])[0]
             passages = [passages[int(scores.argmax())]]
-        pairs += [Pair(queries[query], passage, query_id=query, source=source) for passage in passages]
+        pairs += [Pair(queries[query], passage, query_id=query, doc_id=doc, source=source) for passage in passages]
     if not pairs:
         raise ConfigError(f"{source}: the live artifact has none of the relevant documents; check qrels and doc ids")
     return pairs
 
 
-def mine(artifact: Artifact, pairs: Sequence[Pair], how: Mining, qrels: Mapping[str, Mapping[str, int]] | None = None) -> Mined:
-    """Each pair with negatives from the artifact: none of its own answers, and no document that ``qrels`` calls relevant."""
+def mine(
+    artifact: Artifact,
+    pairs: Sequence[Pair],
+    how: Mining,
+    qrels: Mapping[str, Mapping[str, int]] | None = None,
+    shown: Mapping[str, str] | None = None,
+) -> Mined:
+    """Each pair with negatives from the artifact: none of its own answers, and no document that ``qrels`` calls relevant.
+
+    ``shown``: what stands for a document instead of its passage; those that are not in it are no candidates.
+    """
     rng = np.random.default_rng(how.seed)
-    answers: dict[str, set[str]] = {}
+    answers: dict[str, _Answers] = {}
     for pair in pairs:
-        answers.setdefault(pair.query, set()).add(pair.positive)
-    most = max(map(len, answers.values()))
+        own = answers.setdefault(pair.query, _Answers(set(), set()))
+        own.texts.add(pair.positive)
+        judged = (qrels or {}).get(pair.query_id or "", {})
+        own.documents.update(doc for doc in (pair.doc_id, *(doc for doc, grade in judged.items() if grade > 0)) if doc)
+    most = max(max(len(own.texts), len(own.documents)) for own in answers.values())
     found: list[Pair] = []
     too_near = 0
     for first in range(0, len(pairs), QUERIES_AT_ONCE):
         batch = pairs[first : first + QUERIES_AT_ONCE]
-        own = _cosines(artifact, batch)
+        cosines = _cosines(artifact, batch)
         near = artifact.texts([pair.query for pair in batch], 2 * how.depth + most, mode="dense")
-        for pair, cosine, candidates in zip(batch, own.tolist(), near, strict=True):
-            relevant = {doc for doc, grade in (qrels or {}).get(pair.query_id or "", {}).items() if grade > 0}
-            wrong = [each for each in candidates if _is_other(each, answers[pair.query], relevant)]
-            left = [each.text for each in wrong if each.scores["dense"] <= how.max_share * cosine]
+        for pair, cosine, candidates in zip(batch, cosines.tolist(), near, strict=True):
+            wrong = [each for each in candidates if answers[pair.query].lack(each)]
+            left = [each for each in wrong if each.scores["dense"] <= how.max_share * cosine]
             too_near += len(wrong) - len(left)
-            pool = left[: how.depth]
+            texts = [each.text if shown is None else shown.get(each.documents[0].doc_id, "") for each in left]
+            pool = list(dict.fromkeys(text for text in texts if text))[: how.depth]
             drawn = rng.choice(len(pool), min(how.negatives, len(pool)), replace=False)
             found.append(replace(pair, negatives=tuple(pool[row] for row in np.sort(drawn))))
     return Mined(found, too_near, sum(len(pair.negatives) < how.negatives for pair in found))
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What is relevant for a query: texts, and documents by id."""
+
+    texts: set[str]
+    documents: set[str]
+
+    def lack(self, candidate: FoundText) -> bool:
+        return candidate.text not in self.texts and not any(hit.doc_id in self.documents for hit in candidate.documents)
 
 
 def _cosines(artifact: Artifact, pairs: Sequence[Pair]) -> Matrix:
     """Of each query and its answer, (n,)."""
     queries, texts = artifact.encode([pair.query for pair in pairs]), [pair.positive for pair in pairs]
     return np.asarray((queries * artifact.encode_documents(texts)).sum(axis=1))
-
-
-def _is_other(candidate: FoundText, answers: set[str], relevant: set[str]) -> bool:
-    return candidate.text not in answers and not any(hit.doc_id in relevant for hit in candidate.documents)

@@ -6,10 +6,11 @@ a file of the user's own, such as generated queries.
 
 import io
 import json
+import math
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ SCHEMA = pa.schema(
         pa.field("negatives", pa.list_(pa.string())),
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("query_id", pa.string()),
+        pa.field("doc_id", pa.string()),
         pa.field("source", pa.string()),
     ]
 )
@@ -43,13 +45,14 @@ MIN_CHARS = 16
 
 @dataclass(frozen=True)
 class Pair:
-    """``scores``: a teacher's, of the positive and of each negative, for distillation. ``source``: where the pair is from."""
+    """``scores``: a teacher's, of the positive and of each negative. ``doc_id``: of the positive. ``source``: of the pair."""
 
     query: str
     positive: str
     negatives: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     query_id: str | None = None
+    doc_id: str | None = None
     source: str | None = None
 
 
@@ -91,24 +94,31 @@ def _pair(uri: str, number: int, row: dict[str, Any]) -> Pair:
     pair = Pair(**row, **lists)
     if not all((text or "").strip() for text in pair.negatives):
         raise ConfigError(f"{uri}: row {number} has an empty negative; mend or drop the row")
+    if not all(score is not None and math.isfinite(score) for score in pair.scores):
+        raise ConfigError(f"{uri}: row {number} has a score that is no number; mend or drop the row")
     if pair.scores and len(pair.scores) != len(pair.negatives) + 1:
         found = f"{len(pair.scores)} scores for a positive and {len(pair.negatives)} negatives"
         raise ConfigError(f"{uri}: row {number} has {found}; mend or drop the row")
     return pair
 
 
-def corpus_pairs(config: Config, kind: Unlabelled, limit: int) -> list[Pair]:
-    """Pairs out of the corpus itself, of its first ``limit`` documents that give one: title -> text, first sentence -> rest.
+def corpus_pairs(config: Config, kind: Unlabelled, limit: int, live: Collection[str], seed: int) -> list[Pair]:
+    """Pairs out of the corpus itself, a uniform sample of at most ``limit``: title -> text, or first sentence -> rest.
 
-    Raises ConfigError where the corpus gives none.
+    ``live``: ids of the documents that count. Raises ConfigError where the corpus gives no pair.
     """
     cut = _title_and_body if kind == "title" else _sentence_and_rest
-    source = f"{kind} of {config.corpus.uri}"
-    pairs = []
-    for document, title in islice(_documents(config), limit):
-        found = cut(document.text, title)
-        if found and min(map(len, found)) >= MIN_CHARS:
-            pairs.append(Pair(*found, query_id=document.doc_id, source=source))
+    source, rng = f"{kind} of {config.corpus.uri}", random.Random(seed)  # noqa: S311 - a sample, no secret
+    pairs: list[Pair] = []
+    seen = 0
+    for document, title in _documents(config):
+        found = cut(document.text, title) if document.doc_id in live else None
+        if found is None or min(map(len, found)) < MIN_CHARS:
+            continue
+        seen += 1
+        place = len(pairs) if len(pairs) < limit else rng.randrange(seen)  # reservoir sampling
+        if place < limit:
+            pairs[place : place + 1] = [Pair(*found, query_id=document.doc_id, doc_id=document.doc_id, source=source)]
     if not pairs:
         raise ConfigError(f"{config.corpus.uri}: no pair from a {kind}; set corpus.title, or give judgements")
     return pairs

@@ -1,7 +1,9 @@
 """How a model is trained, and what came of it. No torch here, so that a command line starts in milliseconds."""
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,18 +11,19 @@ from typing import Any, Literal, cast
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
-from pipeline.model import resolve_spec
+from pipeline.model import max_positions, resolve_spec
 from pipeline.model_files import check_weights, hash_files, locate
 from pipeline.training.pairs import Pair
 
 Kind = Literal["encoder", "reranker", "distilled"]
+MODEL_KEYS = ("--model", "to be a folder here")
 LOG = "training.jsonl"
 """In the folder of a trained model: what it was made from, then its losses. Not JSON by name, so no part of its identity."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``batch``: pairs per step, whatever the number of workers; the optimizer takes a step every ``accumulate`` of them.
+    """``batch``: pairs per step of the optimizer, whatever the number of workers; read in ``accumulate`` passes.
 
     ``warmup``: share of the steps. ``negatives``: mined ones that are used of each pair, at most. ``dims``: Matryoshka, the
     leading dimensions that are trained to stand alone (arXiv 2205.13147). ``max_tokens``: of a text in training, or of query
@@ -51,28 +54,51 @@ class Training:
     out: Path
     prompts: tuple[str, str] = ("", "")
     trust_remote_code: bool = False
+    teacher: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result but for the arithmetic of the machine."""
-        pairs = fingerprint([[pair.query, pair.positive, list(pair.negatives), list(pair.scores)] for pair in self.pairs])
-        recipe = cast(dict[str, Any], json.loads(json.dumps(asdict(self.recipe))))
-        prompts = list(self.prompts)
-        return {"kind": self.kind, "files": self.files_hash, "pairs": pairs, "prompts": prompts, "recipe": recipe}
+        """What decides the result but for the arithmetic of the machine: of scores, who gave them."""
+        return {
+            "kind": self.kind,
+            "files": self.files_hash,
+            "pairs": fingerprint([[pair.query, pair.positive, list(pair.negatives)] for pair in self.pairs]),
+            "prompts": list(self.prompts),
+            "recipe": cast(dict[str, Any], json.loads(json.dumps(asdict(self.recipe)))),
+            "teacher": self.teacher,
+        }
 
     @property
     def scratch(self) -> Path:
         """Where its checkpoints are until it is done: beside ``out``."""
         return self.out.with_name(f"{self.out.name}.training")
 
+    @property
+    def checkpoints(self) -> Path:
+        """Their folder."""
+        return self.scratch / "checkpoints"
+
 
 def plan_training(
     kind: Kind, config: Config, pairs: Sequence[Pair], recipe: Recipe, out: Path, model: str | None = None
 ) -> Training:
-    """The training of ``encoder.model``, or of another ``model`` (a folder, ``package:<import name>/<folder>``)."""
+    """The training of ``encoder.model``, or of another ``model`` (a folder, ``package:<import name>/<folder>``).
+
+    Raises ConfigError for what cannot be trained so.
+    """
     spec, folder = resolve_spec(**config.encoder.model_dump(exclude={"precision", "backend"}))
-    path = locate(model, None) if model else folder.path
+    path = locate(model, None, MODEL_KEYS) if model else folder.path
     check_weights(path)
+    if kind != "reranker" and spec.query_model:
+        raise ConfigError("encoder.query_model: pairs train one model for both sides; train without it")
+    if not all(1 <= dim <= spec.dim for dim in recipe.dims):
+        raise ConfigError(f"dims: {recipe.dims}, but {spec.model} has {spec.dim} dimensions; give fewer, from 1 on")
+    if folder.is_static and (kind == "reranker" or recipe.max_tokens):
+        raise ConfigError(f"{spec.model}: a bag of token vectors has no limit of tokens and makes no cross-encoder")
+    if recipe.max_tokens and recipe.max_tokens > (positions := max_positions(path)):
+        raise ConfigError(f"max_tokens: {recipe.max_tokens}, but {path} has {positions} positions; lower it")
+    if kind != "encoder" and not any(pair.negatives for pair in pairs):
+        raise ConfigError("pairs: none has a negative; vecmill mine finds some")
     return Training(
         kind,
         model or spec.model,
@@ -82,7 +108,7 @@ def plan_training(
         recipe,
         out.absolute(),
         prompts=spec.prompts,
-        trust_remote_code=spec.trust_remote_code,
+        trust_remote_code=spec.trust_remote_code and model is None,
     )
 
 
@@ -113,25 +139,37 @@ def finished(training: Training) -> Trained | None:
         first, *rest = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
         if first["identity"] == training.identity:
             losses = [(line["step"], line["loss"]) for line in rest]
-            return Trained(training.out, first["steps"], losses, first["seconds"], first["steps"])
+            return Trained(training.out, first["steps"], losses, first["seconds"], first["resumed"])
     raise ConfigError(f"{training.out}: exists, and is not of this training; choose another folder or delete it")
 
 
-def begin(training: Training) -> Path:
-    """The folder for checkpoints: a new one, or that of the same training, cut short. ConfigError where it is another's."""
+def begin(training: Training) -> None:
+    """Say in the scratch folder whose checkpoints are there. Raises ConfigError where those of another training are."""
     mark = training.scratch / "identity.json"
-    if not mark.is_file():
-        training.scratch.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(training.identity), encoding="utf-8")
-    elif json.loads(mark.read_text(encoding="utf-8")) != training.identity:
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == training.identity:
+        return
+    if last_checkpoint(training) is not None:
         raise ConfigError(f"{training.scratch}: the checkpoints of another training; delete them or choose another folder")
-    return training.scratch / "checkpoints"
+    training.scratch.mkdir(parents=True, exist_ok=True)
+    fresh = mark.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(training.identity), encoding="utf-8")
+    fresh.replace(mark)
+
+
+def last_checkpoint(training: Training) -> Path | None:
+    """The last one that is whole: its state is written after all else, and may be cut short itself."""
+    folders = training.checkpoints.glob("checkpoint-*")
+    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((folder / "trainer_state.json").read_bytes())
+            return folder
+    return None
 
 
 def write_log(folder: Path, training: Training, trained: Trained, about: dict[str, Any]) -> None:
     """``training.jsonl`` of a model folder."""
     sources = sorted({pair.source or "unknown" for pair in training.pairs})
     first = {"identity": training.identity, "model": training.model, "pairs": len(training.pairs), "sources": sources}
-    first |= {"steps": trained.steps, "seconds": round(trained.seconds, 1), **about}
+    first |= {"steps": trained.steps, "resumed": trained.resumed, "seconds": round(trained.seconds, 1), **about}
     lines = [first, *({"step": step, "loss": loss} for step, loss in trained.losses)]
     (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

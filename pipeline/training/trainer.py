@@ -5,13 +5,10 @@ its gradient (GradCache, arXiv 2101.06983). Checkpoints lie beside the model fol
 short goes on from the last, and a folder that has a name is a whole model.
 """
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +27,10 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MarginMSELoss,
     MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
 )
-from sentence_transformers.util import pairwise_dot_score
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import pairwise_cos_sim
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from pipeline import torch_engine
@@ -39,13 +38,14 @@ from pipeline.errors import ConfigError
 from pipeline.job import Event, Meter, Say
 from pipeline.numerics import native_bf16
 from pipeline.training.pairs import Pair
-from pipeline.training.recipe import Recipe, Trained, Training, begin, finished, share, write_log
+from pipeline.training.recipe import Recipe, Trained, Training, begin, finished, last_checkpoint, share, write_log
 
 MINI_BATCH = 16
 """Texts whose activations are held at once by the contrastive loss: it changes memory and nothing else."""
 CHECKPOINTS, CHECKPOINT_STEPS = 10, 20
 """Per training, but no more often than every so many steps; the last two are kept."""
 PROMPT_NAMES = ("document", "query")
+SHOWN_CHARS = 60
 WORKERS = "WORLD_SIZE"
 """Number of processes that train together, as torch.distributed is told it."""
 
@@ -58,16 +58,15 @@ def train(training: Training, say: Say = lambda _: None) -> Trained:
     done = finished(training)
     if done is not None:
         return done
-    checkpoints = begin(training)
     torch.manual_seed(training.recipe.seed)
-    make = _reranker if training.kind == "reranker" else _encoder
-    trainer = make(training, checkpoints)
+    trainer = _reranker(training) if training.kind == "reranker" else _encoder(training)
+    begin(training)
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.add_callback(_Telling(training, Meter(training.out.name, say)))
     limit = trainer.model.max_seq_length
     if training.recipe.max_tokens:
         trainer.model.max_seq_length = training.recipe.max_tokens
-    last = _last_checkpoint(checkpoints)
+    last = last_checkpoint(training)
     resumed = int(last.name.rpartition("-")[2]) if last else 0
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -98,16 +97,6 @@ class _Telling(TrainerCallback):  # type: ignore[misc]
         self._say(Event(self._training.kind, ended=True))
 
 
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """The last one that is whole: its state is written after all else, and may be cut short itself."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
-    for folder in found:
-        with suppress(OSError, ValueError):
-            json.loads((folder / "trainer_state.json").read_bytes())
-            return folder
-    return None
-
-
 def _save(model: Any, training: Training, trained: Trained) -> None:
     folder = training.scratch / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -117,41 +106,42 @@ def _save(model: Any, training: Training, trained: Trained) -> None:
     shutil.rmtree(training.scratch)
 
 
-def _encoder(training: Training, checkpoints: Path) -> Any:
+def _encoder(training: Training) -> Any:
     model = _load(training, SentenceTransformer)
     prompts = dict(zip(PROMPT_NAMES, training.prompts, strict=True))
-    model.prompts = model.prompts | {name: text for name, text in prompts.items() if text}
+    model.prompts = model.prompts | prompts  # an empty one too: it is what search must use
     recipe = training.recipe
-    width = model.get_embedding_dimension()
-    if any(dim > width for dim in recipe.dims):
-        raise ConfigError(f"dims: {max(recipe.dims)}, but {training.model} has {width} dimensions; lower it")
-    rows = _distilled_rows(training.pairs) if training.kind == "distilled" else _rows(training.pairs, recipe)
+    is_taught = training.kind == "distilled"
+    rows = _distilled_rows(training.pairs) if is_taught else _rows(training.pairs, recipe)
     loss: Any
-    if training.kind == "distilled":
+    if is_taught:
         loss = MarginMSELoss(model, similarity_fct=_scaled(_scale(model, rows, prompts)))
+    elif isinstance(model[0], StaticEmbedding):  # whose gradients are small
+        loss = MultipleNegativesRankingLoss(model, gather_across_devices=_workers() > 1)
     else:
-        loss = CachedMultipleNegativesRankingLoss(
-            model, mini_batch_size=MINI_BATCH, gather_across_devices=int(os.environ.get(WORKERS, "1")) > 1
-        )
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH, gather_across_devices=_workers() > 1)
     if recipe.dims:
-        loss = MatryoshkaLoss(model, loss, sorted({*recipe.dims, width}, reverse=True))
+        loss = MatryoshkaLoss(model, loss, sorted({*recipe.dims, model.get_embedding_dimension()}, reverse=True))
     columns = {name: prompts["query" if name == "query" else "document"] for name in rows[0] if name != "label"}
     arguments = SentenceTransformerTrainingArguments(
-        **_arguments(training, checkpoints, len(rows)),
-        batch_sampler="no_duplicates",  # what answers two queries of a batch is no negative of either
+        **_arguments(training, len(rows)),
+        # a text that answers two queries of a batch would be a negative of one; margins have no negatives but their own
+        batch_sampler="batch_sampler" if is_taught else "no_duplicates",
         prompts={name: text for name, text in columns.items() if text} or None,
     )
+    _on_one_device(arguments)
     return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss)
 
 
-def _reranker(training: Training, checkpoints: Path) -> Any:
+def _reranker(training: Training) -> Any:
     recipe = training.recipe
     model = _load(training, CrossEncoder)
     rows = [
         {"query": pair.query, "texts": [pair.positive, *negatives], "labels": [1.0] + [0.0] * len(negatives)}
         for pair, negatives in _with_negatives(training.pairs, recipe)
     ]
-    arguments = CrossEncoderTrainingArguments(**_arguments(training, checkpoints, len(rows)))
+    arguments = CrossEncoderTrainingArguments(**_arguments(training, len(rows)))
+    _on_one_device(arguments)
     return CrossEncoderTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=ListNetLoss(model))
 
 
@@ -167,14 +157,20 @@ def _load(training: Training, kind: Any) -> Any:
     return model.train()
 
 
-def _arguments(training: Training, checkpoints: Path, rows: int) -> dict[str, Any]:
+def _arguments(training: Training, rows: int) -> dict[str, Any]:
     recipe, on_gpu = training.recipe, torch_engine.has_cuda()
-    workers = int(os.environ.get(WORKERS, "1"))
+    workers = _workers()
+    share(recipe, workers)
+    if workers > 1 and rows < recipe.batch:
+        raise ConfigError(f"batch: {recipe.batch}, but there are {rows} rows to train on; lower it")
     steps = max(1, round(rows / recipe.batch * recipe.epochs))
     return {
-        "output_dir": str(checkpoints),
+        "output_dir": str(training.checkpoints),
         "num_train_epochs": recipe.epochs,
-        "per_device_train_batch_size": share(recipe, workers),
+        "per_device_train_batch_size": recipe.batch // recipe.accumulate,
+        # each batch is cut among the workers, so that theirs together are those of one; a short last one could not be
+        "accelerator_config": {"split_batches": workers > 1},
+        "dataloader_drop_last": rows >= recipe.batch,
         "gradient_accumulation_steps": recipe.accumulate,
         "learning_rate": recipe.learning_rate,
         "warmup_steps": recipe.warmup,
@@ -192,6 +188,16 @@ def _arguments(training: Training, checkpoints: Path, rows: int) -> dict[str, An
     }
 
 
+def _workers() -> int:
+    return int(os.environ.get(WORKERS, "1"))
+
+
+def _on_one_device(arguments: Any) -> None:
+    """Keep a process that sees several GPUs to its own: data parallelism would multiply the batch by them."""
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1
+
+
 def _rows(pairs: Sequence[Pair], recipe: Recipe) -> list[dict[str, Any]]:
     """Columns query, positive, negative_0 and on, as the contrastive loss takes them."""
     if not any(pair.negatives for pair in pairs) or not recipe.negatives:
@@ -203,21 +209,24 @@ def _rows(pairs: Sequence[Pair], recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _with_negatives(pairs: Sequence[Pair], recipe: Recipe) -> list[tuple[Pair, list[str]]]:
-    """Each pair with as many negatives as any has, at most ``recipe.negatives``: what one lacks is drawn from the others'."""
+    """Each pair with as many negatives as any has, at most ``recipe.negatives``: what one lacks is any other text."""
     count = min(recipe.negatives, max(len(pair.negatives) for pair in pairs))
-    if not count:
-        raise ConfigError("pairs: none has a negative; vecmill mine finds some")
     rng = np.random.default_rng(recipe.seed)
-    every = sorted({text for pair in pairs for text in pair.negatives})
+    every = sorted({text for pair in pairs for text in (pair.positive, *pair.negatives)})
     answers: dict[str, set[str]] = {}
     for pair in pairs:
         answers.setdefault(pair.query, set()).add(pair.positive)
     filled = []
     for pair in pairs:
         own = list(pair.negatives[:count])
+        taken = {*own, *answers[pair.query]}
+        if len(every) < count + len(taken):
+            raise ConfigError(f"pairs: too few texts for {count} negatives of {pair.query[:SHOWN_CHARS]!r}; use fewer")
         while len(own) < count:
             text = every[int(rng.integers(len(every)))]
-            own += [text] if text not in answers[pair.query] else []
+            if text not in taken:
+                own.append(text)
+                taken.add(text)
         filled.append((pair, own))
     return filled
 
@@ -229,8 +238,8 @@ def _distilled_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         for pair in pairs
         for negative, score in zip(pair.negatives, pair.scores[1:], strict=bool(pair.scores))
     ]
-    if not rows:
-        raise ConfigError("pairs: none has negatives with a teacher's scores; vecmill mine finds negatives")
+    if not rows or len({row["label"] for row in rows}) == 1:
+        raise ConfigError("pairs: no scores of a teacher that tell answers and negatives apart")
     return rows
 
 
@@ -238,9 +247,9 @@ def _scale(model: Any, rows: Sequence[dict[str, Any]], prompts: dict[str, str]) 
     """What makes the student's margins as wide as the teacher's, whose scores do not end at 1 as cosines do."""
     some = rows[: 16 * MINI_BATCH]
     with torch.inference_mode():
-        query = model.encode([row["query"] for row in some], prompt=prompts["query"] or None)
-        texts = [[row[name] for row in some] for name in ("positive", "negative")]
-        near, far = (model.encode(each, prompt=prompts["document"] or None) for each in texts)
+        queries, *texts = ([row[name] for row in some] for name in ("query", "positive", "negative"))
+        query = model.encode(queries, prompt=prompts["query"] or None, normalize_embeddings=True)
+        near, far = (model.encode(each, prompt=prompts["document"] or None, normalize_embeddings=True) for each in texts)
     model.train()
     spread = float(np.std((query * (near - far)).sum(axis=1)))
     return float(np.std([row["label"] for row in some])) / max(spread, 1e-6)
@@ -248,6 +257,6 @@ def _scale(model: Any, rows: Sequence[dict[str, Any]], prompts: dict[str, str]) 
 
 def _scaled(scale: float) -> Any:
     def similarity(first: Any, second: Any) -> Any:
-        return scale * pairwise_dot_score(first, second)
+        return scale * pairwise_cos_sim(first, second)
 
     return similarity

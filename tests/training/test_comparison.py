@@ -39,7 +39,7 @@ def test_compare_measures_each_artifact_as_evaluate_does(judged):
     found = compare(
         [str(judged / "whole.yaml"), str(judged / "half.yaml")], str(judged / "queries.jsonl"), str(judged / "qrels.tsv")
     )
-    assert (found.queries, found.mode, found.reranked) == (30, "as configured", False)
+    assert (found.queries, found.mode) == (30, "as configured")
     whole, half = found.artifacts
     config = make_config(judged / "whole-root", judged / "whole")
     opened = open_live(config)
@@ -68,7 +68,7 @@ def test_an_artifact_differs_from_itself_by_nothing(judged):
 
 def test_compare_without_judged_queries_says_so(judged):
     (judged / "other.tsv").write_text("q\td\t1\n")
-    with pytest.raises(ConfigError, match=r"no query that .* judges"):
+    with pytest.raises(ConfigError, match="no query that is judged"):
         compare([str(judged / "whole.yaml")] * 2, str(judged / "queries.jsonl"), str(judged / "other.tsv"))
 
 

@@ -41,6 +41,10 @@ def test_pairs_of_a_users_own_need_only_query_and_positive(tmp_path):
             {"query": ["q"], "positive": ["p"], "negatives": [["n"]], "scores": [[1.0]]},
             "row 0 has 1 scores for a positive and 1",
         ),
+        (
+            {"query": ["q"], "positive": ["p"], "negatives": [["n"]], "scores": [[1.0, float("nan")]]},
+            "row 0 has a score that is no number",
+        ),
         ({"query": pa.array([], pa.string()), "positive": pa.array([], pa.string())}, "no pairs"),
     ],
 )
@@ -58,6 +62,7 @@ def test_no_file_and_no_parquet_are_named(tmp_path):
         read_pairs(str(tmp_path / "pairs.parquet"), config_of(tmp_path))
 
 
+ALL = {"a", "b", "c"}
 ROWS = [
     {"id": "a", "title": "The harbour at night", "text": "Ships lie still. Nobody walks on the long pier."},
     {"id": "b", "title": "", "text": "Only one sentence that goes on without an end"},
@@ -67,18 +72,31 @@ ROWS = [
 
 def test_titles_ask_for_their_texts(tmp_path):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", ROWS)
-    (pair,) = corpus_pairs(config_of(tmp_path, title="title"), "title", 100)
-    assert (pair.query, pair.positive, pair.query_id) == (ROWS[0]["title"], ROWS[0]["text"], "a")
+    (pair,) = corpus_pairs(config_of(tmp_path, title="title"), "title", 100, ALL, 0)
+    assert (pair.query, pair.positive, pair.doc_id) == (ROWS[0]["title"], ROWS[0]["text"], "a")
     assert pair.source == f"title of {tmp_path / 'corpus'}"
 
 
 def test_first_sentences_ask_for_the_rest(tmp_path):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", ROWS)
-    found = corpus_pairs(config_of(tmp_path, title="title"), "sentence", 100)
+    found = corpus_pairs(config_of(tmp_path, title="title"), "sentence", 100, ALL, 0)
     assert [(pair.query, pair.positive) for pair in found] == [("Ships lie still.", "Nobody walks on the long pier.")]
 
 
 def test_a_corpus_without_titles_says_so(tmp_path):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", ROWS)
     with pytest.raises(ConfigError, match=r"no pair from a title; set corpus\.title"):
-        corpus_pairs(config_of(tmp_path), "title", 100)
+        corpus_pairs(config_of(tmp_path), "title", 100, ALL, 0)
+
+
+def test_pairs_of_a_corpus_are_a_sample_of_what_counts(tmp_path):
+    rows = [
+        {"id": f"d{row}", "title": f"The title of number {row}", "text": f"The text of number {row}."} for row in range(200)
+    ]
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    config, live = config_of(tmp_path, title="title"), {f"d{row}" for row in range(150)}
+    found = [{pair.doc_id for pair in corpus_pairs(config, "title", 30, live, seed)} for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert all(len(ids) == 30 and ids <= live for ids in found)
+    assert max(int(doc_id[1:]) for doc_id in found[0]) > 100
+    assert len(corpus_pairs(config, "title", 1000, live, 0)) == 150

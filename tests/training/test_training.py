@@ -23,7 +23,7 @@ from pipeline.training.distillation import taught
 from pipeline.training.mining import Mining, judged_pairs, mine
 from pipeline.training.pairs import Pair, read_pairs, write_pairs
 from pipeline.training.recipe import LOG, Recipe, plan_training
-from pipeline.training.trainer import train
+from pipeline.training.trainer import _with_negatives, train
 from tests.conftest import MINILM, TOPICS, make_config, sentences, start_ray, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -135,7 +135,7 @@ def test_matryoshka_training_keeps_order_in_few_dimensions(root, pairs, tmp_path
         for model in (root.encoder.model, str(tmp_path / "model"))
     ]
     assert short[1].mean() > short[0].mean() + 0.05
-    with pytest.raises(ConfigError, match=r"dims: 512, but .* has 384 dimensions"):
+    with pytest.raises(ConfigError, match=r"dims: \(512,\), but .* has 384 dimensions"):
         train(plan_training("encoder", root, pairs, replace(RECIPE, dims=(512,)), tmp_path / "other"))
 
 
@@ -145,7 +145,7 @@ from pathlib import Path
 from pipeline.config_file import parse_config
 from pipeline.training.pairs import read_pairs
 from pipeline.training.recipe import Recipe, plan_training
-from pipeline.training.trainer import train
+from pipeline.training.trainer import _with_negatives, train
 config = parse_config(json.loads(sys.argv[1]))
 recipe = Recipe(epochs=24, batch=8, learning_rate=5e-5, max_tokens=32)
 train(plan_training("encoder", config, read_pairs(sys.argv[2], config), recipe, Path(sys.argv[3])))
@@ -198,7 +198,7 @@ def test_a_trained_cross_encoder_ranks_and_teaches(root, pairs, tmp_path):
     ranked = [reranker.score(pair.query, [pair.positive, *pair.negatives]) for pair in hard]
     assert np.mean([scores[0] > scores[1:].max() for scores in ranked]) > 0.7
     config = root.model_copy(update={"search": root.search.model_copy(update={"reranker": str(tmp_path / "reranker")})})
-    scored = taught(pairs, config)
+    scored = taught(hard, config)
     assert scored[0].scores == pytest.approx(ranked[0].tolist(), abs=0.05)
     train(plan_training("distilled", root, scored, replace(recipe, epochs=3), tmp_path / "student"))
     before, after = (agreement(load(model), scored) for model in (root.encoder.model, str(tmp_path / "student")))
@@ -218,7 +218,47 @@ def agreement(encoder: Encoder, pairs: list[Pair]) -> float:
 def test_training_without_negatives_or_scores_says_so(root, pairs, tmp_path):
     bare = [replace(pair, negatives=()) for pair in pairs]
     for kind in ("reranker", "distilled"):
-        with pytest.raises(ConfigError, match="none has"):
+        with pytest.raises(ConfigError, match="none has a negative"):
             train(plan_training(kind, root, bare, RECIPE, tmp_path / kind))
     with pytest.raises(ConfigError, match="rerank: the config names no cross-encoder"):
         taught(pairs, root)
+
+
+def test_pairs_lacking_negatives_get_other_texts_and_never_their_own_answers(root, tmp_path):
+    few = [Pair("one", "a", ("b",)), Pair("two", "b", ())]
+    with pytest.raises(ConfigError, match="too few texts for 1 negatives of 'two'"):
+        _with_negatives([*few, Pair("two", "a", ())], RECIPE)
+    filled = _with_negatives([*few, Pair("three", "c", ())], replace(RECIPE, negatives=1))
+    assert filled[0][1] == ["b"]
+    for pair, negatives in filled:
+        assert len(negatives) == 1 and pair.positive not in negatives
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": {"query_model": MINILM}}, r"encoder\.query_model: pairs train one model for both sides"),
+        ({"recipe": {"max_tokens": 10_000}}, r"max_tokens: 10000, but .* has 512 positions"),
+        ({"recipe": {"dims": (0,)}}, r"dims: \(0,\), but"),
+        ({"model": "some/model"}, "--model: some/model: a hub model needs to be a folder here"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_anything_is_written(root, pairs, tmp_path, change, message):
+    config = root.model_copy(update={"encoder": root.encoder.model_copy(update=change.get("encoder", {}))})
+    with pytest.raises(ConfigError, match=message):
+        plan_training(
+            "encoder", config, pairs, replace(RECIPE, **change.get("recipe", {})), tmp_path / "m", change.get("model")
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_negatives_of_a_corpus_without_judgements_are_shown_as_its_answers_are(root):
+    artifact = Artifact(open_live(root), root)
+    rows = sentences(40)
+    found = [Pair(f"Which note is number {row}?", f"Shown {row}.", query_id=f"d{row}", doc_id=f"d{row}") for row in range(40)]
+    shown = {pair.doc_id: pair.positive for pair in found}
+    mined = mine(artifact, found, Mining(negatives=2, depth=5, max_share=1.0), None, shown)
+    assert any(pair.negatives for pair in mined.pairs)
+    for pair in mined.pairs:
+        assert pair.positive not in pair.negatives and set(pair.negatives) <= set(shown.values())
+    assert len(rows) == len(mined.pairs)

@@ -23,7 +23,7 @@ PAIRS = [
     for first in TOPICS
     for second in TOPICS
     if first != second
-][:64]
+][:70]
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_two_workers_have_the_losses_of_one(config, tmp_path):
     two = train_on_workers(plan_training("encoder", config, PAIRS, recipe, tmp_path / "two"), config.compute, 2)
     assert (one.steps, two.steps) == (8, 8)
     assert len(two.losses) == 8
-    assert dict(two.losses) == pytest.approx(dict(one.losses), rel=0.25)  # other texts are together in a batch
+    assert dict(two.losses) == pytest.approx(dict(one.losses), rel=0.02)
     assert two.losses[-1][1] < 0.7 * two.losses[0][1]
     assert not (tmp_path / "two.training").exists() and not (tmp_path / "two.ray").exists()
 
