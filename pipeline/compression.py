@@ -118,13 +118,11 @@ class _Cut:
 def compress(config: Config, say: Say = lambda _: None) -> Compression:
     """Measure the live artifact's vectors. ``evaluation.queries`` and ``qrels`` are what quality is judged by, if there.
 
-    Writes nothing. Raises ConfigError for an artifact without vectors or of too many passages.
+    Writes nothing. Raises ConfigError for an artifact of too many passages.
     """
     opened = open_live(config)
     manifest = opened.manifest
     count = manifest.counts["passages"]
-    if not len(opened.partition.collection.vectors):
-        raise ConfigError(f"{config.root}: the live artifact has no vectors; set index.rescore to float16 or int8")
     if count > MAX_PASSAGES:
         raise ConfigError(f"{config.root}: {count} passages, at most {MAX_PASSAGES} are compared in memory; index a sample")
     full = to_float32(opened.partition.collection.vectors[:])

@@ -63,17 +63,20 @@ def train(training: Training, say: Say = lambda _: None) -> Trained:
     begin(training)
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.add_callback(_Telling(training, Meter(training.out.name, say)))
-    limit = trainer.model.max_seq_length
-    if training.recipe.max_tokens:
-        trainer.model.max_seq_length = training.recipe.max_tokens
+    cut = training.recipe.max_tokens
+    limit = trainer.model.max_seq_length if cut else None
+    if cut:
+        trainer.model.max_seq_length = cut
     last = last_checkpoint(training)
     resumed = int(last.name.rpartition("-")[2]) if last else 0
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     losses = [(int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line]
+    if not trainer.state.global_step:
+        raise ConfigError(f"batch: no {training.recipe.batch} pairs without a text in common; lower it")
     trained = Trained(training.out, trainer.state.global_step, losses, time.perf_counter() - started, resumed)
     if trainer.is_world_process_zero():
-        if training.recipe.max_tokens and training.kind != "reranker":
+        if cut and training.kind != "reranker":
             trainer.model.max_seq_length = limit  # what a text is cut to in training is for time and memory
         _save(trainer.model, training, trained)
     return trained
@@ -170,7 +173,7 @@ def _arguments(training: Training, rows: int) -> dict[str, Any]:
         "per_device_train_batch_size": recipe.batch // recipe.accumulate,
         # each batch is cut among the workers, so that theirs together are those of one; a short last one could not be
         "accelerator_config": {"split_batches": workers > 1},
-        "dataloader_drop_last": rows >= recipe.batch,
+        "dataloader_drop_last": workers > 1,
         "gradient_accumulation_steps": recipe.accumulate,
         "learning_rate": recipe.learning_rate,
         "warmup_steps": recipe.warmup,
@@ -220,7 +223,7 @@ def _with_negatives(pairs: Sequence[Pair], recipe: Recipe) -> list[tuple[Pair, l
     for pair in pairs:
         own = list(pair.negatives[:count])
         taken = {*own, *answers[pair.query]}
-        if len(every) < count + len(taken):
+        if len(every) - len(taken) < count - len(own):
             raise ConfigError(f"pairs: too few texts for {count} negatives of {pair.query[:SHOWN_CHARS]!r}; use fewer")
         while len(own) < count:
             text = every[int(rng.integers(len(every)))]

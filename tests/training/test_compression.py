@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pipeline.compression import KINDS, Compression, compress
-from pipeline.errors import ConfigError
 from pipeline.evaluation import labelled
 from pipeline.live import open_live
 from pipeline.report import render_compression
@@ -92,11 +91,3 @@ def test_the_page_shows_every_row(found):
     assert page.count('<tr class="over">') == sum(row.is_best for row in found.rows)
     assert page.count("<td>") > 8 * len(found.rows)
     assert Compression.model_validate_json(found.model_dump_json()) == found
-
-
-def test_an_artifact_without_vectors_cannot_be_compressed(folder, tmp_path):
-    write_jsonl(tmp_path / "corpus" / "a.jsonl", sentences(400))
-    config = make_config(tmp_path / "root", tmp_path / "corpus", index={"kind": "ivfpqfs", "rescore": "none"})
-    reindex(config)
-    with pytest.raises(ConfigError, match=r"has no vectors; set index\.rescore"):
-        compress(config)
