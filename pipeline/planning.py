@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import layout
+from pipeline.batching import pack_batches
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, read_ids
 from pipeline.documents import deleted_keys, resolve
 from pipeline.errors import ConfigError, DataError
@@ -38,7 +39,7 @@ SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
 CALIBRATION_PASSAGES = 2048
 CALIBRATION_S = 5.0
-WARM_UP_PASSAGES = 64
+WARM_UP_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -197,21 +198,29 @@ def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> C
 
 
 def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
-    """Tokens per second of this machine on ``texts``, after a warm-up, on so many of them as take about five seconds."""
+    """Tokens per second of this machine on ``texts``, after a warm-up: on some of their batches, about five seconds of them.
+
+    The batches are those of all the texts, of every length: few texts in batches of their own would be padded more.
+    """
     from pipeline.encoder import Encoder  # loads a model
 
     encoder = Encoder(spec)
     tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
+    lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    order = np.argsort(-lengths, kind="stable")
+    batches = list(pack_batches(lengths[order], encoder.batch_tokens))
 
     def measured(count: int) -> tuple[float, float]:
+        places = np.unique(np.linspace(0, len(batches) - 1, count).astype(int))
+        rows = np.concatenate([order[slice(*batches[place])] for place in places])
         started = time.perf_counter()
-        found = encoder.encode_tokens(tokens[:count], prompt=spec.document_prompt)
+        found = encoder.encode_tokens([tokens[row] for row in rows], prompt=spec.document_prompt)
         seconds = time.perf_counter() - started
-        return found.tokens / seconds, count / seconds
+        return found.tokens / seconds, len(places) / seconds
 
-    measured(WARM_UP_PASSAGES)
-    _, passages_per_s = measured(WARM_UP_PASSAGES)
-    return measured(max(WARM_UP_PASSAGES, round(CALIBRATION_S * passages_per_s)))[0]
+    measured(WARM_UP_BATCHES)
+    _, batches_per_s = measured(WARM_UP_BATCHES)
+    return measured(max(WARM_UP_BATCHES, round(CALIBRATION_S * batches_per_s)))[0]
 
 
 def _splitter(job: Job) -> Splitter:
