@@ -49,7 +49,7 @@ def mine(
     unlabelled: Annotated[
         str | None, typer.Option("--from", help="Pairs of the corpus itself: title (-> text) or sentence (-> the rest)")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="With --from: documents that are read")] = 100_000,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="With --from: pairs at most, a uniform sample")] = 100_000,
     negatives: Annotated[int, typer.Option("--negatives", min=0, help="Per pair; 0 finds none")] = 4,
     depth: Annotated[int, typer.Option("--depth", min=1, help="Drawn from so many, the nearest that are left")] = 20,
     max_share: Annotated[
