@@ -1,17 +1,17 @@
 """``vecmill compare``: artifacts against each other on the same judged queries."""
 
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results, write_page
-from pipeline.comparison import Comparison
-from pipeline.comparison import compare as compare_artifacts
-from pipeline.errors import ConfigError
+from jobs.options import JsonOption, SetOption, VerboseOption, command, one_of, print_json, results, write_page
 from pipeline.searcher import Mode
+
+if TYPE_CHECKING:
+    from pipeline.comparison import Comparison
 
 LIKELY_CHANCE = 0.05
 
@@ -33,11 +33,10 @@ def compare(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure nDCG@10, MRR@10, recall@100, time and bytes of each, and how sure the differences to the first are."""
-    if mode not in {None, *get_args(Mode)}:
-        raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
-    found = compare_artifacts(
-        targets, queries, qrels, mode=cast(Mode | None, mode), rerank=rerank, overrides=tuple(overrides or ())
-    )
+    from pipeline.comparison import compare as compare_artifacts
+
+    ranked = None if mode is None else one_of("--mode", mode, Mode)
+    found = compare_artifacts(targets, queries, qrels, mode=ranked, rerank=rerank, overrides=tuple(overrides or ()))
     if as_json:
         print_json(found.model_dump())
     else:
@@ -48,7 +47,7 @@ def compare(
         write_page(html, render_comparison(found))
 
 
-def _show(found: Comparison) -> None:
+def _show(found: "Comparison") -> None:
     table = Table("", *found.artifacts[0].metrics, "ms", "bytes/vector", "dim", box=None)
     for each in found.artifacts:
         metrics = [f"{value:.4f}" for value in each.metrics.values()]

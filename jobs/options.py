@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline.errors import StorageError, VecmillError
+from pipeline.errors import ConfigError, StorageError, VecmillError
 from pipeline.job import Event, Say
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Config file, YAML")]
@@ -79,6 +79,13 @@ def duration(text: str) -> float:
     if unit not in SECONDS or not number.replace(".", "", 1).isdigit():
         raise typer.BadParameter(f"{text}: expected a number and one of {', '.join(SECONDS)}, as in 36h or 7d")
     return float(number) * SECONDS[unit]
+
+
+def one_of(option: str, text: str, kinds: Any) -> Any:
+    """The text, which is one of a Literal's; raises ConfigError naming them where it is not."""
+    if text not in get_args(kinds):
+        raise ConfigError(f"{option} {text}: expected one of {', '.join(get_args(kinds))}")
+    return text
 
 
 def print_json(value: Any) -> None:

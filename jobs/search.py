@@ -2,13 +2,13 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
+from jobs.options import JsonOption, SetOption, VerboseOption, command, one_of, print_json, results
 from pipeline.client import Artifact, open_artifact, open_root
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
@@ -49,8 +49,8 @@ def search(
     verbose: VerboseOption = False,
 ) -> None:
     """Search the live artifact: rank, score, document, text head, source."""
-    if mode not in {None, *get_args(Mode)}:
-        raise ConfigError(f"--mode {mode}: expected one of {', '.join(get_args(Mode))}")
+    if mode is not None:
+        one_of("--mode", mode, Mode)
     asked = open_named(config, overrides, artifact)
     how = {"mode": mode, "filter": only, "recall": recall, "latency_ms": _milliseconds(latency), "rerank": rerank}
     hits = asked.search(query, k, **how)

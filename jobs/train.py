@@ -3,19 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
 
-from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, progress, results
+from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, one_of, print_json, progress, results
 from pipeline.client import Artifact
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluation import read_qrels, read_queries
 from pipeline.job import Event
 from pipeline.live import OpenedHere, open_live
-from pipeline.training.distillation import taught, teacher_of
 from pipeline.training.mining import Mining, judged_pairs
 from pipeline.training.mining import mine as mine_negatives
 from pipeline.training.pairs import Pair, Unlabelled, corpus_pairs, read_pairs, write_pairs
@@ -61,6 +59,8 @@ def mine(
     verbose: VerboseOption = False,
 ) -> None:
     """Write training pairs with hard negatives: texts that the live artifact finds near a query and that do not answer it."""
+    from pipeline.evaluation import read_qrels  # with what measures: no other command waits for it
+
     settings = load_config(config, tuple(overrides or ()))
     opened = open_live(settings)
     artifact = Artifact(opened, settings)
@@ -71,7 +71,7 @@ def mine(
     if pairs is not None:
         found = read_pairs(pairs, settings)
     elif unlabelled is not None:
-        found = corpus_pairs(settings, _unlabelled(unlabelled), limit, opened.partition.documents.ids(), seed)
+        found = corpus_pairs(settings, one_of("--from", unlabelled, Unlabelled), limit, opened.partition.documents.ids(), seed)
         shown = {str(pair.doc_id): pair.positive for pair in found}  # without their titles, as the answers are
     else:
         found = _judged_pairs(settings, opened, artifact, str(queries), judged or {})
@@ -88,13 +88,9 @@ def mine(
         results.print(", ".join(f"{name} {value}" for name, value in told.items()), markup=False)
 
 
-def _unlabelled(text: str) -> Unlabelled:
-    if text not in get_args(Unlabelled):
-        raise ConfigError(f"--from {text}: expected one of {', '.join(get_args(Unlabelled))}")
-    return cast(Unlabelled, text)
-
-
 def _judged_pairs(settings: Config, opened: OpenedHere, artifact: Artifact, queries: str, judged: Judgements) -> list[Pair]:
+    from pipeline.evaluation import read_queries
+
     texts = read_queries(queries, settings.store)
     return judged_pairs(artifact, opened.partition.documents, texts, judged, f"judgements of {queries}")
 
@@ -125,6 +121,8 @@ def train_encoder(
     if pairs is not None:
         found = read_pairs(pairs, settings)
     else:
+        from pipeline.evaluation import read_qrels
+
         opened = open_live(settings)
         judged = read_qrels(str(qrels), settings.store)
         found = _judged_pairs(settings, opened, Artifact(opened, settings), str(queries), judged)
@@ -176,6 +174,8 @@ def distill(
     verbose: VerboseOption = False,
 ) -> None:
     """Train encoder.model to tell answers and negatives apart by as much as the cross-encoder search.reranker (MarginMSE)."""
+    from pipeline.training.distillation import taught, teacher_of
+
     settings = load_config(config, tuple(overrides or ()))
     found = [pair for pair in read_pairs(pairs, settings) if pair.negatives]
     recipe = Recipe(epochs, batch, learning_rate, accumulate=accumulate, max_tokens=max_tokens, seed=seed)

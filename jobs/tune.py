@@ -1,7 +1,7 @@
 """``vecmill tune`` and ``vecmill report``: what search settings find, and how fast."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,12 +20,14 @@ from jobs.options import (
     results,
     write_page,
 )
-from pipeline.compression import Compression, compress
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.manifest import ArtifactManifest
 from pipeline.publish import require_live
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from pipeline.compression import Compression
 
 
 @command
@@ -55,6 +57,7 @@ def tune(
 
 
 def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: bool) -> None:
+    from pipeline.compression import compress
     from pipeline.report import render_compression
 
     with progress(quiet=quiet, as_json=as_json) as say:
@@ -66,7 +69,7 @@ def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: b
     write_page(file, render_compression(found))
 
 
-def _show_compression(found: Compression) -> None:
+def _show_compression(found: "Compression") -> None:
     table = Table("", "kind", "dim", "bits/dim", "re-scored", "bytes", "on disk", "recall", "nDCG@10", "ms", box=None)
     for row in found.rows:
         quality = "" if row.quality is None else f"{row.quality:.4f}"
@@ -102,15 +105,13 @@ def report(
 
 def _described(manifest: ArtifactManifest) -> dict[str, Any]:
     found, index = manifest.evaluation, manifest.index
-    size_bytes = sum(manifest.files[part.name].size_bytes for part in manifest.parts)
-    passages = manifest.counts["passages"]
     return {
         "artifact": manifest.version,
-        "passages": passages,
+        "passages": manifest.counts["passages"],
         "dim": manifest.dim,
         "index": index.model_dump(include={"kind", "why", "nlist", "m", "nbits", "opq", "factory"}),
         "parts": len(manifest.parts),
-        "bytes_per_vector": round(size_bytes / max(1, passages), 1),
+        "bytes_per_vector": manifest.bytes_per_vector,
         "rescore": manifest.rescore,
         "recall": {"k": found.k, "low": found.recall_low, "high": found.recall_high, "queries": found.queries},
         "point": found.point.model_dump(),

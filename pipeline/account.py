@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from pipeline import drift, layout, retries
 from pipeline.coverage import Coverage
@@ -19,7 +19,7 @@ from pipeline.forecast import PLAN, Forecast
 from pipeline.index_plan import is_coded
 from pipeline.job import Job
 from pipeline.log import Log
-from pipeline.manifest import ArtifactManifest, Document, Evaluation, Histogram, MergeRecord, Record, list_records, load
+from pipeline.manifest import ArtifactManifest, Document, Evaluation, Histogram, MergeRecord, Record, Values, list_records, load
 from pipeline.shards import is_among, keys_of, read_columns
 from pipeline.snapshot import Part, parts, unit_records
 from pipeline.storage import Storage
@@ -29,13 +29,7 @@ MAX_COUNTED_TOKENS = 1 << 16
 """Longer passages, of models without a limit, are counted as so long."""
 
 
-class Numbers(BaseModel):
-    """A part of the account."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Lengths(Numbers):
+class Lengths(Values):
     """How long passages are and how much of them the encoder sees. ``covered``: share of characters.
 
     What it sees of a truncated passage is estimated by the characters per token of the others; None where all are truncated.
@@ -49,18 +43,18 @@ class Lengths(Numbers):
     covered: float | None
 
 
-class Work(Numbers):
+class Work(Values):
     """A stage: ``wall_s`` of the run that made the artifact; ``work_s``: what all that is in it took, in whichever run."""
 
     stage: str
     wall_s: float | None
     work_s: float | None
-    phases_s: dict[str, float] = {}
-    amounts: dict[str, int] = {}
-    rates: dict[str, float] = {}
+    phases_s: dict[str, float] = Field(default_factory=dict)
+    amounts: dict[str, int] = Field(default_factory=dict)
+    rates: dict[str, float] = Field(default_factory=dict)
 
 
-class Expected(Numbers):
+class Expected(Values):
     """A number that was foretold, and what became of it."""
 
     name: str
@@ -194,13 +188,12 @@ def _stage(name: str, wall: dict[str, float], phases: dict[str, float], amounts:
 def _expected(
     job: Job, forecast: Forecast, draft: ArtifactManifest, merged: MergeRecord, shards: Sequence[Record]
 ) -> Iterable[Expected]:
-    index = sum(draft.files[part.name].size_bytes for part in draft.parts)
     artifact = sum(file.size_bytes for file in draft.files.values())
     yield Expected(name="passages in the index", unit="", predicted=forecast.passages, actual=draft.counts["passages"])
     yield Expected(name="encoding, with its start", unit="s", predicted=forecast.encode_s, actual=job.stages_s.get("embed"))
     embeddings = sum(file.size_bytes for record in shards for file in record.files)
     yield Expected(name="embeddings", unit="B", predicted=forecast.embedding_bytes, actual=embeddings)
-    yield Expected(name="index", unit="B", predicted=forecast.index_bytes, actual=index)
+    yield Expected(name="index", unit="B", predicted=forecast.index_bytes, actual=draft.index_bytes)
     yield Expected(name="artifact", unit="B", predicted=forecast.artifact_bytes, actual=artifact)
     yield Expected(name="memory of the merge", unit="B", predicted=forecast.merge_memory_bytes, actual=merged.memory_bytes)
 

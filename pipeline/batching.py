@@ -18,6 +18,11 @@ Padded = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 Result = TypeVar("Result")
 
 
+def lengths_of(tokens: Sequence[Tokens]) -> Lengths:
+    """Token counts of texts."""
+    return np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+
+
 def pack_batches(lengths: Lengths, budget: int) -> Iterator[tuple[int, int]]:
     """Cut descending token counts into runs (first, end) of at most ``budget`` padded tokens; a longer text goes alone."""
     first = 0

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from pipeline.client import Artifact, open_artifact, open_root
 from pipeline.config import StoreConfig
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluation import LABELLED_DEPTH, QRELS_METRICS, chosen_queries, metrics_by_query, read_qrels
-from pipeline.searcher import Mode, documents
+from pipeline.evaluation import LABELLED_DEPTH, QRELS_METRICS, chosen_queries, metrics_by_query, ranked_documents, read_qrels
+from pipeline.manifest import Values
+from pipeline.searcher import Mode
 
 PERMUTATIONS = 20_000
 PERMUTED_AT_ONCE = 1000
@@ -29,10 +29,8 @@ SHOWN_QUERIES = 5
 CONFIG_ENDINGS = {".yaml", ".yml"}
 
 
-class Compared(BaseModel):
+class Compared(Values):
     """One artifact. ``metrics``: means over the queries; ``p50_ms``: one query at a time with its encoding."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     artifact: str
@@ -47,10 +45,8 @@ class Compared(BaseModel):
     p50_ms: float
 
 
-class QueryChange(BaseModel):
+class QueryChange(Values):
     """A query that one artifact answers better or worse than the first."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     query: str
     text: str
@@ -58,10 +54,8 @@ class QueryChange(BaseModel):
     after: float
 
 
-class Difference(BaseModel):
+class Difference(Values):
     """An artifact against the first, by one metric. ``p``: how often chance alone does as much; wins, losses, ties: queries."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     metric: str
@@ -74,10 +68,8 @@ class Difference(BaseModel):
     most_worse: tuple[QueryChange, ...] = ()
 
 
-class Comparison(BaseModel):
+class Comparison(Values):
     """What was found. ``differences``: of every artifact but the first, by every metric."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     queries: int
     mode: str
@@ -140,10 +132,9 @@ def _judge(
         started = time.perf_counter()
         (answer,) = artifact.texts([text], LABELLED_DEPTH, mode=mode, rerank=rerank)
         seconds.append(time.perf_counter() - started)
-        ranked[query] = [hit.doc_id for hit in documents(answer)][:LABELLED_DEPTH]
+        ranked[query] = ranked_documents(answer)
     by_query = metrics_by_query(judgements, ranked)
     manifest = artifact.opened.manifest
-    index_bytes = sum(manifest.files[part.name].size_bytes for part in manifest.parts)
     compared = Compared(
         name=name,
         artifact=manifest.version,
@@ -151,7 +142,7 @@ def _judge(
         documents=manifest.counts["documents"],
         passages=manifest.counts["passages"],
         dim=manifest.dim,
-        bytes_per_vector=round(index_bytes / max(1, manifest.counts["passages"]), 1),
+        bytes_per_vector=manifest.bytes_per_vector,
         artifact_bytes=sum(file.size_bytes for file in manifest.files.values()),
         reranked=rerank,
         metrics={metric: round(statistics.fmean(values.values()), 4) for metric, values in by_query.items()},

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from pipeline import index, operating
 from pipeline.client import Artifact
@@ -25,7 +24,7 @@ from pipeline.index_parts import Parts
 from pipeline.index_plan import choose
 from pipeline.job import Event, Say
 from pipeline.live import OpenedHere, open_live
-from pipeline.manifest import OperatingPoint
+from pipeline.manifest import OperatingPoint, Values
 from pipeline.recall import Matrix, Ordinals, drop_self, exact_search, recall, score
 from pipeline.vectors import Int8Vectors, to_float32, write_int8
 
@@ -42,14 +41,12 @@ FOUND_DEPTH = 100
 """Passages per judged query, of which the best documents are taken."""
 
 
-class Compressed(BaseModel):
+class Compressed(Values):
     """One compression. Bytes are per vector: of the index in memory, of what re-scores its candidates on disk.
 
     ``recall``: of the exact neighbours in all dimensions; ``quality``: nDCG@10 over judged queries, None without any.
     ``is_best``: nothing of as few bytes in memory is better, or as good and smaller.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     dim: int
@@ -70,10 +67,8 @@ class Compressed(BaseModel):
         return self.recall if self.quality is None else self.quality
 
 
-class Compression(BaseModel):
+class Compression(Values):
     """All of them. ``exact``: nDCG@10 of exact search over the stored vectors by dimensions; empty without judgements."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: str
     passages: int
@@ -108,7 +103,7 @@ class _Cut:
     vectors: Matrix
     halves: Any
     truth: operating.Truth
-    judged: Matrix | None
+    judged: _Judged | None
 
     @property
     def dim(self) -> int:
@@ -135,13 +130,13 @@ def compress(config: Config, say: Say = lambda _: None) -> Compression:
     cuts = [full.shape[1] // part for part in CUTS if full.shape[1] % part == 0]
     for dim in cuts:
         cut = whole if dim == whole.dim else _cut(full, own, config.evaluation.k, judged, dim)
-        if judged is not None and cut.judged is not None:
-            exact[dim] = judged.quality(exact_search(cut.halves, cut.judged, FOUND_DEPTH)[1])
+        if cut.judged is not None:
+            exact[dim] = cut.judged.quality(exact_search(cut.halves, cut.judged.vectors, FOUND_DEPTH)[1])
         for kind, width, bits in KINDS:
             say(Event("compress", done=len(rows), total=3 * len(KINDS) * len(cuts)))
             if width == 0 or dim % width == 0:
                 shape = {"kind": kind} | ({"m": dim // width, "nbits": bits} if width else {})
-                rows += _measured(config, shape, cut, whole, judged)
+                rows += _measured(config, shape, cut, whole)
     say(Event("compress", ended=True))
     return Compression(
         artifact=manifest.version, passages=count, dim=full.shape[1], queries=len(judged.names) if judged else 0, exact=exact,
@@ -171,7 +166,7 @@ def _cut(full: Matrix, own: Ordinals, k: int, judged: _Judged | None, dim: int) 
     vectors = _shortened(full, dim)
     halves = vectors.astype(np.float16)
     truth = operating.ground_truth(halves, vectors[own], own, k)
-    return _Cut(vectors, halves, truth, _shortened(judged.vectors, dim) if judged else None)
+    return _Cut(vectors, halves, truth, replace(judged, vectors=_shortened(judged.vectors, dim)) if judged else None)
 
 
 def _shortened(vectors: Matrix, dim: int) -> Matrix:
@@ -182,7 +177,7 @@ def _shortened(vectors: Matrix, dim: int) -> Matrix:
     return np.ascontiguousarray(short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), np.float32(1e-12)))
 
 
-def _measured(config: Config, shape: dict[str, Any], cut: _Cut, whole: _Cut, judged: _Judged | None) -> Iterator[Compressed]:
+def _measured(config: Config, shape: dict[str, Any], cut: _Cut, whole: _Cut) -> Iterator[Compressed]:
     """One kind of index over a cut, with each way to re-score."""
     count, dim = cut.vectors.shape
     plan = choose(IndexConfig(**shape), count, dim)
@@ -208,9 +203,9 @@ def _measured(config: Config, shape: dict[str, Any], cut: _Cut, whole: _Cut, jud
                 operating.measure(collection, cut.truth, config.index.target_recall), config.index.target_recall, None
             ).point
             quality = None
-            if judged is not None and cut.judged is not None:
-                found = collection.search(cut.judged, FOUND_DEPTH, nprobe=chosen.nprobe, rescoring=chosen.rescore)
-                quality = judged.quality(found[1])
+            if cut.judged is not None:
+                found = collection.search(cut.judged.vectors, FOUND_DEPTH, nprobe=chosen.nprobe, rescoring=chosen.rescore)
+                quality = cut.judged.quality(found[1])
             yield Compressed(
                 kind=plan.kind, dim=dim, bits_per_dimension=_bits(shape, plan.kind, dim), rescore=name,
                 memory_bytes=round(file.stat().st_size / count, 1), disk_bytes=round(disk[name], 1), nprobe=chosen.nprobe,

@@ -149,20 +149,19 @@ class Documents:
 def walked(source: Any, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
     """Those of the columns that an Arrow IPC file has, row by row in its order, many record batches at a time."""
     fields = [number for number, name in enumerate(pa.ipc.open_file(source).schema.names) if name in columns]
-    reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=fields))
+    reader = _read(source, fields)
     for start in range(0, reader.num_record_batches if fields else 0, WALKED_BATCHES):
         numbers = range(start, min(start + WALKED_BATCHES, reader.num_record_batches))
         yield pa.concat_batches([reader.get_batch(number) for number in numbers])
 
 
-def _read(mapped: pa.Buffer, columns: Sequence[str] | None = None) -> pa.RecordBatchFileReader:
-    """Reads all columns or some, in the order of the file."""
-    fields = None if columns is None else [SCHEMA.get_field_index(column) for column in columns]
-    return pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=fields))
+def _read(source: Any, fields: Sequence[int] | None = None) -> pa.RecordBatchFileReader:
+    """Reads all fields of an Arrow IPC file or some, in the order of the file."""
+    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=fields))
 
 
 def _firsts(maps: Sequence[pa.Buffer], number: int) -> npt.NDArray[np.int64]:
     """The first ordinal of each record batch of a file."""
-    reader = _read(maps[number], ["ordinal"])
+    reader = _read(maps[number], [SCHEMA.get_field_index("ordinal")])
     firsts = (reader.get_batch(batch).column(0)[0].as_py() for batch in range(reader.num_record_batches))
     return np.fromiter(firsts, dtype=np.int64, count=reader.num_record_batches)

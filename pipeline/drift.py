@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Config
 from pipeline.index import Trained
-from pipeline.manifest import ArtifactManifest, Evaluation, Health, Histogram, TrainedManifest
+from pipeline.manifest import ArtifactManifest, Evaluation, Health, Histogram, TrainedManifest, Values
 from pipeline.recall import Matrix
 
 MAX_IMBALANCE = 1.5
@@ -22,10 +21,9 @@ MAX_QUANTIZATION_ERROR = 1.1
 HISTOGRAM_BINS = 24
 
 
-class Measure(BaseModel):
+class Measure(Values):
     """One number of an artifact, as it was when its index was trained, and the limit that makes it train again."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     now: float
     then: float

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.batching import Lengths, Tokens, Vectors
+from pipeline.batching import Tokens, Vectors, lengths_of
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_precision
@@ -95,7 +95,7 @@ class Encoder:
         A text whose vector is zero or not finite is tried again alone, then in FP32; then it is among the failed.
         Where a GPU runs out of memory the batch budget is halved for good.
         """
-        lengths = _lengths(tokens)
+        lengths = lengths_of(tokens)
         order = np.argsort(-lengths, kind="stable")
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
         prompt_tokens = self.tokenizer.prompt_tokens(prompt)
@@ -155,7 +155,7 @@ class Encoder:
 
         Not kept on a GPU, where every byte is the batches'.
         """
-        lengths = _lengths(tokens)
+        lengths = lengths_of(tokens)
         order = np.argsort(-lengths, kind="stable")
         vectors = np.full((len(tokens), self.dim), np.nan, dtype=np.float32)
         if not len(tokens):
@@ -192,7 +192,7 @@ class Encoder:
     def _trace(self) -> Graph:
         exact = self._load("fp32")
         ids = exact.token_ids(PROBE)
-        vector = exact.run([ids], _lengths([ids]))[0]
+        vector = exact.run([ids], lengths_of([ids]))[0]
         facts = GraphFacts(
             pad_id=exact.pad_id,
             flops_per_token=exact.flops_per_token,
@@ -207,7 +207,7 @@ class Encoder:
         self._check_tokenizer(ids)
         threads = self._threads or cpu_threads()
         engine = OpenVinoEngine(graph, precision=self.spec.precision, threads=threads, streams=1 if one_by_one else threads)
-        cosine = float(engine.run([ids], _lengths([ids]))[0] @ np.array(graph.facts.probe_vector, dtype=np.float32))
+        cosine = float(engine.run([ids], lengths_of([ids]))[0] @ np.array(graph.facts.probe_vector, dtype=np.float32))
         if not cosine >= MIN_ENGINE_COSINE[self.spec.precision]:
             raise EncoderError(
                 f"{self.spec.model}: OpenVINO gives other vectors than torch, cosine {cosine:.5f} on a probe; "
@@ -217,7 +217,7 @@ class Encoder:
 
     def _probe(self) -> None:
         tokens = self.tokenizer([PROBE])
-        vector = self._engine.run(tokens, _lengths(tokens))
+        vector = self._engine.run(tokens, lengths_of(tokens))
         if vector.shape[1] != self.dim:
             raise EncoderError(
                 f"{self.spec.model}: gives {vector.shape[1]} dimensions, its module configs say {self.dim}; mend them"
@@ -263,10 +263,6 @@ def _reason(vector: Vectors, tokens: int) -> str:
     if not vector.any():
         return f"E_ZERO_NORM: {tokens} tokens, its vector is zero, alone and in fp32"
     return f"E_NONFINITE: {tokens} tokens, its vector is not finite, alone and in fp32"
-
-
-def _lengths(tokens: Sequence[Tokens]) -> Lengths:
-    return np.fromiter((len(ids) for ids in tokens), dtype=np.int64, count=len(tokens))
 
 
 def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:

@@ -13,8 +13,8 @@ from pipeline.config import StoreConfig
 from pipeline.errors import ConfigError
 from pipeline.model import EncoderSpec
 from pipeline.recall import Matrix
-from pipeline.searcher import Ask, Queries, Searcher, documents
-from pipeline.storage import Storage
+from pipeline.searcher import Ask, FoundText, Queries, Searcher, documents
+from pipeline.storage import file_at
 
 LABELLED_DEPTH = 100
 QRELS_METRICS = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "recall@100": R @ 100}
@@ -72,9 +72,9 @@ def ir_metrics(qrels: Mapping[str, Mapping[str, int]], ranked: Mapping[str, Sequ
 
 
 def _read_text(uri: str, store: StoreConfig) -> str:
-    folder, _, name = uri.rpartition("/")
+    storage, name = file_at(uri, store)
     try:
-        data = Storage(folder or ".", store).read(name)
+        data = storage.read(name)
     except FileNotFoundError as error:
         raise ConfigError(f"{uri}: no such file; check the path") from error
     return (gzip.decompress(data) if uri.endswith(".gz") else data).decode("utf-8-sig")
@@ -97,9 +97,14 @@ def labelled(
     metrics = {}
     for kind, ask in asks.items():
         answers = zip(texts, searcher.ask(asked, ask), strict=True)
-        ranked = {name: [hit.doc_id for hit in documents(found)[:LABELLED_DEPTH]] for name, found in answers}
+        ranked = {name: ranked_documents(found) for name, found in answers}
         metrics[kind] = ir_metrics(judgements, ranked)
     return metrics
+
+
+def ranked_documents(found: Sequence[FoundText]) -> list[str]:
+    """Ids of the documents of an answer, in order, as many as are judged."""
+    return [hit.doc_id for hit in documents(found)[:LABELLED_DEPTH]]
 
 
 def encode_queries(spec: EncoderSpec, uri: str, store: StoreConfig) -> Matrix:

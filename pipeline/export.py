@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.live import open_live
-from pipeline.storage import Storage
+from pipeline.storage import file_at
 from pipeline.vectors import to_float32
 
 COLUMNS = ["ordinal", "doc_id", "passage", "start", "end", "text", "metadata"]
@@ -25,10 +25,9 @@ def export(config: Config, out: str, *, as_float32: bool = False, with_text: boo
     opened = open_live(config)
     vectors = opened.partition.collection.vectors
     columns = [name for name in COLUMNS if with_text or name != "text"]
-    folder, _, name = out.rpartition("/")
+    target, name = file_at(out, config.store)
     if not name:
         raise ConfigError(f"{out}: a folder; name the Parquet file to write")
-    target = Storage(folder or ".", config.store)
     rows = 0
     writer = None
     with tempfile.TemporaryDirectory(dir=config.compute.scratch) as scratch:

@@ -12,13 +12,11 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from pipeline import layout
 from pipeline.errors import StorageError, VecmillError
 from pipeline.job import Event, Job
 from pipeline.log import Log
-from pipeline.manifest import Document, load, to_bytes
+from pipeline.manifest import Document, Values, load, to_bytes
 from pipeline.storage import Storage
 
 MIN_INTERVAL_S = 1.0
@@ -31,10 +29,9 @@ LOOKED_AT_RUNS = 4
 """For each run to find: some are without events, as that of a rollback."""
 
 
-class StageState(BaseModel):
+class StageState(Values):
     """The last that a stage told; ``message``: its last words for people."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     stage: str
     message: str
     done: int

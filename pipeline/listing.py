@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import StoreConfig
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import sha256_file
-from pipeline.storage import Storage, strip_scheme, uri_scheme
+from pipeline.storage import Storage, file_at, strip_scheme, uri_scheme
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def content_hash(file: FileInfo) -> str:
 
 def stamp_now(uri: str, store: StoreConfig) -> tuple[int, str] | None:
     """Size and stamp of a file as it is now, None where it is gone."""
-    folder, _, name = uri.rpartition("/")
-    storage = Storage(folder or "/", store)
+    storage, name = file_at(uri, store)
     try:
         with storage.explained("look for", name):
             info = storage.fs.info(storage.at(name))

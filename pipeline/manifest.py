@@ -19,17 +19,21 @@ FORMAT = 4
 """One number (the default of ``Document.format``) for all files under a root: they change together before 1.0."""
 
 
-class Document(BaseModel):
-    """JSON with a format number; unknown fields are an error."""
+class Values(BaseModel):
+    """Immutable; unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Document(Values):
+    """JSON with a format number."""
+
     format: Literal[4] = 4
 
 
-class DataFile(BaseModel):
+class DataFile(Values):
     """A finished file: trusted by its size and hash, not by being there."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     rows: int
     size_bytes: int
@@ -53,10 +57,9 @@ class Record(Document):
     machine: str | None = None
 
 
-class InputFile(BaseModel):
+class InputFile(Values):
     """An input file of a snapshot. ``stamp`` tells cheaply whether it changed, ``content`` is its identity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     uri: str
     size_bytes: int
     stamp: str
@@ -99,28 +102,25 @@ class TrainedManifest(Document):
     timings_s: dict[str, float] = Field(default_factory=dict)
 
 
-class OperatingPoint(BaseModel):
+class OperatingPoint(Values):
     """One measured setting of the search: recall@k against milliseconds per query, one query at a time."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     nprobe: int
     rescore: int
     recall: float
     latency_ms: float
 
 
-class Histogram(BaseModel):
+class Histogram(Values):
     """``counts[i]`` values lie from ``edges[i]`` on, under ``edges[i + 1]``; the last bin has its upper edge."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     edges: tuple[float, ...]
     counts: tuple[int, ...]
 
 
-class Health(BaseModel):
+class Health(Values):
     """How well a trained index fits the vectors in it; see pipeline.drift. ``sizes``: vectors per list."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     lists: int
     empty_lists: int
     imbalance: float
@@ -148,20 +148,18 @@ class Evaluation(Document):
     labelled: dict[str, dict[str, float]] | None = None
 
 
-class IndexPart(BaseModel):
+class IndexPart(Values):
     """An index file of an artifact: the vectors of ordinals ``first`` to ``first + count``; ``mapped``: FAISS can map it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     first: int
     count: int
     mapped: bool
 
 
-class DocumentsFile(BaseModel):
+class DocumentsFile(Values):
     """A file of the documents of an artifact: ``rows`` rows, of ordinals from ``first`` on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     first: int
     rows: int
@@ -183,6 +181,16 @@ class Merged(Document):
     columns: tuple[str, ...] = ()
     records: dict[str, str]
     counts: dict[str, int]
+
+    @property
+    def index_bytes(self) -> int:
+        """Of all its index files."""
+        return sum(self.files[part.name].size_bytes for part in self.parts)
+
+    @property
+    def bytes_per_vector(self) -> float:
+        """Of the index files: code, id, and a share of centroids and codebooks."""
+        return round(self.index_bytes / max(1, self.counts["passages"]), 1)
 
 
 class MergeRecord(Merged):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import layout
-from pipeline.batching import pack_batches
+from pipeline.batching import lengths_of, pack_batches
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, read_ids
 from pipeline.documents import deleted_keys, resolve
 from pipeline.errors import ConfigError, DataError
@@ -206,7 +206,7 @@ def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
 
     encoder = Encoder(spec)
     tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
-    lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    lengths = lengths_of(tokens)
     order = np.argsort(-lengths, kind="stable")
     batches = list(pack_batches(lengths[order], encoder.batch_tokens))
 

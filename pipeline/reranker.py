@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.batching import Lengths, pack_batches, pad, run_within
+from pipeline.batching import Lengths, lengths_of, pack_batches, pad, run_within
 from pipeline.encoder import BUDGETS
 from pipeline.errors import ConfigError
 from pipeline.model import UNLIMITED_TOKENS, max_positions, overflows
@@ -139,7 +139,7 @@ class Reranker:
 
 
 def _lengths(pairs: Sequence[Pair]) -> Lengths:
-    return np.fromiter((len(pair.ids) for pair in pairs), dtype=np.int64, count=len(pairs))
+    return lengths_of([pair.ids for pair in pairs])
 
 
 def rerank(scores: Scores) -> npt.NDArray[np.int64]:

@@ -13,6 +13,13 @@ from pipeline.searcher import FoundText
 NOT_NAMED = "rerank: the config names no cross-encoder; set search.reranker"
 
 
+def named(settings: SearchConfig) -> str:
+    """``search.reranker``; raises ConfigError where there is none."""
+    if settings.reranker is None:
+        raise ConfigError(NOT_NAMED)
+    return settings.reranker
+
+
 class Reranking:
     """The cross-encoder of a config, loaded at its first use. Callers on several threads wait for each other."""
 
@@ -53,14 +60,11 @@ class Reranking:
         return [_ranked(text, rank) for rank, text in enumerate(ordered[:k], 1)]
 
     def _loaded(self) -> Any:
-        if self._settings.reranker is None:
-            raise ConfigError(NOT_NAMED)
+        model = named(self._settings)
         if self._reranker is None:
             from pipeline.reranker import load_reranker
 
-            self._reranker = load_reranker(
-                self._settings.reranker, self._settings.reranker_revision, trust_remote_code=self._trusted
-            )
+            self._reranker = load_reranker(model, self._settings.reranker_revision, trust_remote_code=self._trusted)
         return self._reranker
 
 

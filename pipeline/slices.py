@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.config import CorpusConfig, StoreConfig
 from pipeline.errors import BadFileError
 from pipeline.listing import stamp_now
-from pipeline.storage import Storage
+from pipeline.storage import file_at
 
 COMPRESSION_ENDINGS = (".gz", ".zst")
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
@@ -107,9 +107,9 @@ def check_expansion(part: Slice, size: int, compressed: int = 0) -> None:
 @contextlib.contextmanager
 def opened(part: Slice, store: StoreConfig) -> Iterator[BinaryIO]:
     """The file of a slice, which must be the one that was listed: looked at when it has been read, or could not be."""
-    folder, _, name = part.uri.rpartition("/")
+    storage, name = file_at(part.uri, store)
     try:
-        with Storage(folder or "/", store).open(name) as handle:
+        with storage.open(name) as handle:
             yield handle
     except FileNotFoundError as error:
         raise BadFileError(f"{part.uri}: E_INPUT_CHANGED, it is gone since it was listed; run again") from error

@@ -215,6 +215,12 @@ class Storage:
             raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check endpoint and credentials") from error
 
 
+def file_at(uri: str, store: StoreConfig) -> tuple[Storage, str]:
+    """The folder that a file is in, and its name there."""
+    folder, slash, name = uri.rpartition("/")
+    return Storage(folder or slash or ".", store), name
+
+
 def uri_scheme(uri: str) -> str:
     """The scheme of a URI (``file`` for plain paths); raises ConfigError on one that is not allowed or is chained."""
     if "::" in uri:

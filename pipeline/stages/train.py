@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pipeline.config import ComputeConfig
 from pipeline.errors import ConfigError, ProcessError
 from pipeline.stages.cluster import connected
-from pipeline.training.recipe import Trained, Training, finished, share
+from pipeline.training.recipe import Trained, Training, check_batch, finished
 
 RESTARTS = 3
 """Of all workers together, after one has died."""
@@ -24,7 +24,7 @@ def train_on_workers(training: Training, compute: ComputeConfig, workers: int) -
     done = finished(training)
     if done is not None:
         return done
-    share(training.recipe, workers)
+    check_batch(training.recipe, workers)
     notes = training.out.with_name(f"{training.out.name}.ray")
     with connected(compute) as cluster:
         room = int(cluster.gpus) or cluster.cpus

@@ -6,18 +6,16 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, EncoderError
+from pipeline.errors import EncoderError
 from pipeline.model_files import hash_files, locate
 from pipeline.reranker import KEYS, load_reranker
-from pipeline.reranking import NOT_NAMED
+from pipeline.reranking import named
 from pipeline.training.pairs import Pair
 
 
 def teacher_of(config: Config) -> str:
     """What identifies ``search.reranker``: the hash of its files. Raises ConfigError where there is none."""
-    if config.search.reranker is None:
-        raise ConfigError(NOT_NAMED)
-    return hash_files(str(locate(config.search.reranker, config.search.reranker_revision, KEYS)))
+    return hash_files(str(locate(named(config.search), config.search.reranker_revision, KEYS)))
 
 
 def taught(pairs: Sequence[Pair], config: Config) -> list[Pair]:
@@ -25,15 +23,12 @@ def taught(pairs: Sequence[Pair], config: Config) -> list[Pair]:
 
     Raises ConfigError where there is no such model, EncoderError for a text that it has no score for.
     """
-    search = config.search
-    if search.reranker is None:
-        raise ConfigError(NOT_NAMED)
-    trusted = config.encoder.trust_remote_code
-    teacher = load_reranker(search.reranker, search.reranker_revision, trust_remote_code=trusted, activated=False)
+    model, trusted = named(config.search), config.encoder.trust_remote_code
+    teacher = load_reranker(model, config.search.reranker_revision, trust_remote_code=trusted, activated=False)
     scored = []
     for number, pair in enumerate(pairs):
         scores = teacher.score(pair.query, [pair.positive, *pair.negatives])
         if not np.isfinite(scores).all():
-            raise EncoderError(f"{search.reranker}: no score for a text of pair {number}; leave the pair out")
+            raise EncoderError(f"{model}: no score for a text of pair {number}; leave the pair out")
         scored.append(replace(pair, scores=tuple(scores.tolist())))
     return scored

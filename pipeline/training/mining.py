@@ -12,8 +12,7 @@ import numpy as np
 from pipeline.client import Artifact
 from pipeline.document_files import Documents
 from pipeline.errors import ConfigError
-from pipeline.recall import Matrix
-from pipeline.searcher import FoundText
+from pipeline.searcher import Ask, FoundText, Queries
 from pipeline.training.pairs import Pair
 
 QUERIES_AT_ONCE = 64
@@ -82,8 +81,9 @@ def mine(
     too_near = 0
     for first in range(0, len(pairs), QUERIES_AT_ONCE):
         batch = pairs[first : first + QUERIES_AT_ONCE]
-        cosines = _cosines(artifact, batch)
-        near = artifact.texts([pair.query for pair in batch], 2 * how.depth + most, mode="dense")
+        vectors = artifact.encode([pair.query for pair in batch])
+        cosines = (vectors * artifact.encode_documents([pair.positive for pair in batch])).sum(axis=1)
+        near = artifact.opened.searcher.ask(Queries(vectors), Ask(2 * how.depth + most))
         for pair, cosine, candidates in zip(batch, cosines.tolist(), near, strict=True):
             wrong = [each for each in candidates if answers[pair.query].lack(each)]
             left = [each for each in wrong if each.scores["dense"] <= how.max_share * cosine]
@@ -104,9 +104,3 @@ class _Answers:
 
     def lack(self, candidate: FoundText) -> bool:
         return candidate.text not in self.texts and not any(hit.doc_id in self.documents for hit in candidate.documents)
-
-
-def _cosines(artifact: Artifact, pairs: Sequence[Pair]) -> Matrix:
-    """Of each query and its answer, (n,)."""
-    queries, texts = artifact.encode([pair.query for pair in pairs]), [pair.positive for pair in pairs]
-    return np.asarray((queries * artifact.encode_documents(texts)).sum(axis=1))

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.listing import list_files
 from pipeline.shards import parquet_bytes
 from pipeline.slices import Columns, Slice
-from pipeline.storage import Storage
+from pipeline.storage import file_at
 
 Unlabelled = Literal["title", "sentence"]
 
@@ -59,15 +59,15 @@ class Pair:
 def write_pairs(uri: str, pairs: Sequence[Pair], config: Config) -> None:
     """One Parquet file at any URI."""
     table = pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=SCHEMA)
-    folder, _, name = uri.rpartition("/")
-    Storage(folder or ".", config.store).put(name, parquet_bytes(table, compress=True))
+    storage, name = file_at(uri, config.store)
+    storage.put(name, parquet_bytes(table, compress=True))
 
 
 def read_pairs(uri: str, config: Config) -> list[Pair]:
     """The rows of a Parquet file with at least ``query`` and ``positive``. Raises ConfigError naming what is wrong with it."""
-    folder, _, name = uri.rpartition("/")
+    storage, name = file_at(uri, config.store)
     try:
-        table = pq.read_table(io.BytesIO(Storage(folder or ".", config.store).read(name)))
+        table = pq.read_table(io.BytesIO(storage.read(name)))
     except FileNotFoundError as error:
         raise ConfigError(f"{uri}: no such file; vecmill mine makes one") from error
     except pa.ArrowInvalid as error:

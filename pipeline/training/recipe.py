@@ -1,10 +1,10 @@
 """How a model is trained, and what came of it. No torch here, so that a command line starts in milliseconds."""
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,10 +13,12 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
 from pipeline.model import max_positions, resolve_spec
 from pipeline.model_files import check_weights, hash_files, locate
+from pipeline.storage import Storage
 from pipeline.training.pairs import Pair
 
 Kind = Literal["encoder", "reranker", "distilled"]
 MODEL_KEYS = ("--model", "to be a folder here")
+IDENTITY = "identity.json"
 LOG = "training.jsonl"
 """In the folder of a trained model: what it was made from, then its losses. Not JSON by name, so no part of its identity."""
 
@@ -56,7 +58,7 @@ class Training:
     trust_remote_code: bool = False
     teacher: str = ""
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the result but for the arithmetic of the machine: of scores, who gave them."""
         return {
@@ -123,11 +125,10 @@ class Trained:
     resumed: int = 0
 
 
-def share(recipe: Recipe, workers: int) -> int:
-    """Pairs of a batch that one worker has on its device at once. Raises ConfigError unless it is a whole number."""
+def check_batch(recipe: Recipe, workers: int) -> None:
+    """Raise ConfigError unless each of the workers has equally many pairs of a batch in each pass."""
     if recipe.batch % (workers * recipe.accumulate):
         raise ConfigError(f"batch: {recipe.batch} pairs are no multiple of {workers} workers x {recipe.accumulate}; change it")
-    return recipe.batch // (workers * recipe.accumulate)
 
 
 def finished(training: Training) -> Trained | None:
@@ -145,15 +146,12 @@ def finished(training: Training) -> Trained | None:
 
 def begin(training: Training) -> None:
     """Say in the scratch folder whose checkpoints are there. Raises ConfigError where those of another training are."""
-    mark = training.scratch / "identity.json"
+    mark = training.scratch / IDENTITY
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == training.identity:
         return
     if last_checkpoint(training) is not None:
         raise ConfigError(f"{training.scratch}: the checkpoints of another training; delete them or choose another folder")
-    training.scratch.mkdir(parents=True, exist_ok=True)
-    fresh = mark.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(training.identity), encoding="utf-8")
-    fresh.replace(mark)
+    Storage(str(training.scratch)).put(IDENTITY, json.dumps(training.identity).encode())
 
 
 def last_checkpoint(training: Training) -> Path | None:

@@ -38,7 +38,7 @@ from pipeline.errors import ConfigError
 from pipeline.job import Event, Meter, Say
 from pipeline.numerics import native_bf16
 from pipeline.training.pairs import Pair
-from pipeline.training.recipe import Recipe, Trained, Training, begin, finished, last_checkpoint, share, write_log
+from pipeline.training.recipe import Recipe, Trained, Training, begin, check_batch, finished, last_checkpoint, write_log
 
 MINI_BATCH = 16
 """Texts whose activations are held at once by the contrastive loss: it changes memory and nothing else."""
@@ -163,7 +163,7 @@ def _load(training: Training, kind: Any) -> Any:
 def _arguments(training: Training, rows: int) -> dict[str, Any]:
     recipe, on_gpu = training.recipe, torch_engine.has_cuda()
     workers = _workers()
-    share(recipe, workers)
+    check_batch(recipe, workers)
     if workers > 1 and rows < recipe.batch:
         raise ConfigError(f"batch: {recipe.batch}, but there are {rows} rows to train on; lower it")
     steps = max(1, round(rows / recipe.batch * recipe.epochs))

@@ -86,7 +86,7 @@ def build(config: Config) -> dict[str, Any]:
         "add_s": round(sum(record.timings_s["total"] for record in shards), 2),
         "merge_index_s": round(merged["timings_s"]["index"], 2),
         "merge_s": round(merged["timings_s"]["total"], 2),
-        "index_bytes": sum(live.files[part.name].size_bytes for part in live.parts),
+        "index_bytes": live.index_bytes,
         "agreement": min(record.rates["agreement"] for record in shards),
     }
 

@@ -70,7 +70,7 @@ def taken(settings: dict[str, Any]) -> dict[str, float]:
         "documents": live.counts["documents"],
         "passages": snapshot_of(job.storage, live).counts["passages"],
         "embedding_bytes": sum(file.size_bytes for record in shards for file in record.files),
-        "index_bytes": sum(live.files[part.name].size_bytes for part in live.parts),
+        "index_bytes": live.index_bytes,
         "artifact_bytes": sum(file.size_bytes for file in live.files.values()),
         "encode_s": round(sum(record.timings_s["encode"] for record in shards), 1),
         "merge_memory_bytes": merged.memory_bytes or 0,

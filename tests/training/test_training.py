@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
 
 from pipeline.client import Artifact
 from pipeline.encoder import Encoder, load_query_encoder
 from pipeline.errors import ConfigError
 from pipeline.live import open_live
-from pipeline.model import find_model, resolve_spec
+from pipeline.model import resolve_spec
 from pipeline.reranker import load_reranker
 from pipeline.run import reindex
 from pipeline.training.distillation import taught
@@ -24,7 +23,7 @@ from pipeline.training.mining import Mining, judged_pairs, mine
 from pipeline.training.pairs import Pair, read_pairs, write_pairs
 from pipeline.training.recipe import LOG, Recipe, plan_training
 from pipeline.training.trainer import _with_negatives, train
-from tests.conftest import MINILM, TOPICS, make_config, sentences, start_ray, write_jsonl
+from tests.conftest import MINILM, TOPICS, make_config, save_first_layer, sentences, start_ray, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -35,13 +34,9 @@ QRELS = {f"q{number}": {f"d{number}": 1, f"d{number + 10}": 1, f"d{number + 20}"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, short_tmp):
-    """A corpus by the first layer of MiniLM, which is trained in seconds."""
     start_ray(short_tmp)
     folder = tmp_path_factory.mktemp("loop")
-    model = SentenceTransformer(str(find_model(MINILM).path))
-    model[0].auto_model.encoder.layer = model[0].auto_model.encoder.layer[:1]
-    model[0].auto_model.config.num_hidden_layers = 1
-    model.save_pretrained(str(folder / "small"))
+    save_first_layer(folder / "small")
     long = {"id": "long", "text": "The lighthouse keeper sleeps. " * 60 + "A violin lies in the attic of the tower."}
     write_jsonl(folder / "corpus" / "a.jsonl", [*sentences(100), long])
     config = make_config(folder / "root", folder / "corpus", encoder={"model": str(folder / "small")})

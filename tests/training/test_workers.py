@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.model import find_model
 from pipeline.stages.train import train_on_workers
 from pipeline.training.pairs import Pair
 from pipeline.training.recipe import Recipe, plan_training
 from pipeline.training.trainer import train
-from tests.conftest import MINILM, TOPICS, make_config
+from tests.conftest import TOPICS, make_config, save_first_layer
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
 
@@ -28,16 +27,7 @@ PAIRS = [
 
 @pytest.fixture
 def config(tmp_path):
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(find_model(MINILM).path))
-    model[0].auto_model.encoder.layer = model[0].auto_model.encoder.layer[:1]
-    model[0].auto_model.config.num_hidden_layers = 1
-    for module in model.modules():
-        if hasattr(module, "p"):
-            module.p = 0.0  # dropout is drawn by each worker for itself
-    model[0].auto_model.config.hidden_dropout_prob = model[0].auto_model.config.attention_probs_dropout_prob = 0.0
-    model.save_pretrained(str(tmp_path / "small"))
+    save_first_layer(tmp_path / "small", dropout=0.0)  # dropout is drawn by each worker for itself
     return make_config(tmp_path / "root", tmp_path / "corpus", encoder={"model": str(tmp_path / "small")})
 
 
