@@ -42,9 +42,7 @@ def search(
     only: Annotated[
         str | None, typer.Option("--filter", help='Documents by metadata: {"type": "eq", "key": "kind", "value": "class"}')
     ] = None,
-    rerank: Annotated[
-        bool, typer.Option("--rerank", help="Order the best texts by the cross-encoder of search.reranker")
-    ] = False,
+    rerank: Annotated[bool, typer.Option("--rerank", help="Order the best texts by the model of search.reranker")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:

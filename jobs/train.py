@@ -136,12 +136,17 @@ def train_reranker(
     out: OutOption,
     pairs: NeededPairs,
     model: Annotated[
-        str | None, typer.Option("--model", help="A cross-encoder, or an encoder that becomes one; default encoder.model")
+        str | None, typer.Option("--model", help="A re-ranker, or an encoder that becomes one; default encoder.model")
     ] = None,
+    late: Annotated[
+        bool, typer.Option("--late-interaction", help="A model that compares token vectors (ColBERT), not a cross-encoder")
+    ] = False,
     epochs: EpochsOption = 2.0,
-    batch: BatchOption = 4,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Pairs per step; default: 4, late interaction 32")] = None,
     learning_rate: RateOption = 5e-5,
-    negatives: NegativesOption = 4,
+    negatives: Annotated[
+        int | None, typer.Option("--negatives", min=0, help="Used of each pair, at most; default: 4, late interaction 1")
+    ] = None,
     accumulate: AccumulateOption = 1,
     max_tokens: TokensOption = None,
     workers: WorkersOption = 1,
@@ -150,10 +155,12 @@ def train_reranker(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a cross-encoder for search.reranker: the answer of each pair above its negatives (ListNet)."""
+    """Train a model for search.reranker: a cross-encoder that puts the answer of each pair above its negatives (ListNet)."""
     settings = load_config(config, tuple(overrides or ()))
+    batch = batch or (32 if late else 4)
+    negatives = (1 if late else 4) if negatives is None else negatives
     recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
-    training = plan_training("reranker", settings, read_pairs(pairs, settings), recipe, out, model)
+    training = plan_training("late" if late else "reranker", settings, read_pairs(pairs, settings), recipe, out, model)
     _tell(_run(training, settings, workers), as_json)
 
 

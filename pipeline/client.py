@@ -37,7 +37,7 @@ class Artifact:
 
     @property
     def has_reranker(self) -> bool:
-        """Whether the config names a cross-encoder."""
+        """Whether the config names a re-ranker."""
         return self._reranking.is_named
 
     def encode(self, texts: Sequence[str]) -> Matrix:
@@ -76,7 +76,7 @@ class Artifact:
         """The k best texts of each query with the documents that have them. What is None is as the config says.
 
         ``filter``: see pipeline.filters. ``recall``, ``latency_ms``: the fastest, or best, measured settings for that.
-        ``rerank``: by the cross-encoder of the config. Raises ConfigError on an empty query and on what the artifact, or
+        ``rerank``: by the re-ranker of the config. Raises ConfigError on an empty query and on what the artifact, or
         config, has not.
         """
         if not all(query.strip() for query in queries):

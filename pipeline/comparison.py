@@ -83,7 +83,7 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """``targets``: config files (their live artifacts) or URIs of artifact folders, two or more. ``overrides``: for configs.
 
-    ``rerank``: those whose config names a cross-encoder.
+    ``rerank``: those whose config names a re-ranker.
 
     Raises ConfigError where a target, the queries or their judgements are not there.
     """

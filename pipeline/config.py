@@ -198,7 +198,7 @@ class SearchConfig(Section):
         None, gt=0, description="Search settings are chosen within this time of one query on one thread; default: no limit"
     )
     reranker: str | None = Field(
-        None, description="Cross-encoder that can order the best texts anew: named like encoder.model; default: none"
+        None, description="Cross-encoder or model of late interaction (ColBERT), named like encoder.model; default: none"
     )
     reranker_revision: str | None = Field(None, description="Commit of a hub reranker; required for a hub id")
     rerank_depth: int = Field(50, ge=1, le=1000, description="Texts per query that the reranker scores, the best of the search")

@@ -26,9 +26,9 @@ LEXICAL_TOKEN_BYTES = 2.6
 METADATA_BYTES = 14
 SHOWN_BYTES = 1.3
 """Of the documents of an artifact for a byte of them in Parquet: 1.1 with metadata, 1.4 without."""
-MERGE_BYTES, PASSAGE_BYTES = 14e6, 55
+PASSAGE_BYTES = 55
 PLAIN_COPIES, PACKED_COPIES = 1.24, 2.0
-"""Fitted to merges of 7,000 to 1,000,000 passages in 8 to 245 shards, the first in a run of its own (`plan.json`)."""
+"""Fitted to merges of 7,000 to 1,000,000 passages in 8 to 245 shards."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def sizes(config: Config, plan: IndexPlan, ahead: Ahead, dim: int) -> dict[str, 
 
 
 def _merge_bytes(plan: IndexPlan, passages: int, dim: int, compute: ComputeConfig) -> float:
-    """What a merge is expected to take: a row group of every shard, then an index file in the making, and what is always there.
+    """What a merge is expected to take: libraries, a row group of every shard, then an index file in the making.
 
     Shards as on CPUs; those of GPUs are larger and fewer.
     """
@@ -113,7 +113,7 @@ def _merge_bytes(plan: IndexPlan, passages: int, dim: int, compute: ComputeConfi
     shard = compute.unit_passages or MAX_UNIT_PASSAGES["cpu"]
     rows = passages * min(ROW_GROUP_ROWS, shard) / shard
     groups = rows * (2 * dim + KEY_BYTES) + (0 if plan.kind == "flat" else size * rows / max(1, passages))
-    return MERGE_BYTES + PASSAGE_BYTES * passages + max(groups, copies * part)
+    return LIBRARY_BYTES + PASSAGE_BYTES * passages + max(groups, copies * part)
 
 
 def put_forecast(job: Job, ahead: Ahead) -> Forecast:

@@ -194,7 +194,7 @@ class Merged(Document):
 
 
 class MergeRecord(Merged):
-    """Written by merge, read by evaluate and publish. ``memory_bytes``: its most above what its process had."""
+    """Written by merge, read by evaluate and publish. ``memory_bytes``: of its process at most, with libraries."""
 
     timings_s: dict[str, float] = Field(default_factory=dict)
     memory_bytes: int | None = None

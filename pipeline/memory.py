@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes above what its process had before: its own pages, not those of mapped files."""
+"""How much memory a process takes at most during a piece of work: its own pages, libraries included, not mapped files."""
 
 import contextlib
 import ctypes
@@ -10,17 +10,24 @@ from pathlib import Path
 STATUS = Path("/proc/self/status")
 SAMPLE_S = 0.02
 LINE_BYTES = 1024
+M_MMAP_THRESHOLD = -3
+LARGE_BYTES = 1 << 20
 
 
 def give_back() -> None:
-    """Return what was freed to the system, where malloc keeps it (glibc): the next step does not come on top of it."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+    """Return what was freed to the system, where malloc keeps it (glibc): the next step does not come on top of it.
+
+    From now on large blocks are returned as they are freed; else malloc keeps the more, the larger they were.
+    """
+    libc = ctypes.CDLL(None)
+    if trim := getattr(libc, "malloc_trim", None):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
         trim(0)
 
 
 @dataclass
 class Peak:
-    """``size_bytes``: the most above the start, looked at every 20 ms; None while the work goes on, and where not Linux."""
+    """``size_bytes``: the most, looked at every 20 ms; None while the work goes on, and where not Linux."""
 
     size_bytes: int | None = None
 
@@ -32,7 +39,7 @@ def peak_memory() -> Iterator[Peak]:
     if not STATUS.is_file():
         yield found
         return
-    before = most = anonymous_bytes()
+    most = anonymous_bytes()
     done = threading.Event()
 
     def watch() -> None:
@@ -47,7 +54,7 @@ def peak_memory() -> Iterator[Peak]:
     finally:
         done.set()
         watcher.join()
-        found.size_bytes = max(most, anonymous_bytes()) - before
+        found.size_bytes = max(most, anonymous_bytes())
 
 
 def anonymous_bytes() -> int:

@@ -47,7 +47,6 @@ def merge(sources: Sources, version: str) -> MergeRecord:
     """Write the data files of an artifact: vectors and documents in ordinal order, and the index over ordinals."""
     started = time.perf_counter()
     job, trained = sources.job, sources.trained
-    pa.array([0])  # pyarrow imports pandas with the first: 26 MB of the process, not of this work
     give_back()
     with scratch(job) as folder, _frugal_arrow(), peak_memory() as peak:
         codes = folder / "codes"

@@ -1,4 +1,4 @@
-"""The best texts of an answer in the order of a cross-encoder, which one caller at a time may ask."""
+"""The best texts of an answer in the order of a re-ranker, which one caller at a time may ask."""
 
 import math
 import threading
@@ -10,7 +10,7 @@ from pipeline.config import SearchConfig
 from pipeline.errors import ConfigError
 from pipeline.searcher import FoundText
 
-NOT_NAMED = "rerank: the config names no cross-encoder; set search.reranker"
+NOT_NAMED = "rerank: the config names no re-ranker; set search.reranker"
 
 
 def named(settings: SearchConfig) -> str:
@@ -21,7 +21,7 @@ def named(settings: SearchConfig) -> str:
 
 
 class Reranking:
-    """The cross-encoder of a config, loaded at its first use. Callers on several threads wait for each other."""
+    """The re-ranker of a config, loaded at its first use. Callers on several threads wait for each other."""
 
     def __init__(self, settings: SearchConfig, *, trust_remote_code: bool = False) -> None:
         self._settings = settings

@@ -6,7 +6,7 @@ a batch is sent while the last one is computed, and vectors are fetched once per
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -47,7 +47,7 @@ class TorchEngine:
         self.padded_tokens = 0
         """Tokens that went through the model so far, with padding."""
         self._precision = precision
-        self._device = torch.device("cuda" if self.on_gpu else "cpu")
+        self._device = device()
         self._dim = spec.dim
         flash = self.on_gpu and precision != "fp32" and is_flash_attn_2_available()
         self._model = load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code, flash=flash)
@@ -56,8 +56,7 @@ class TorchEngine:
             self._model.max_seq_length = spec.max_tokens
         self.pad_id = 0 if self._static else int(self._model.tokenizer.pad_token_id or 0)
         self._parts = list(self._model.children())
-        for weights in self._parts[0].parameters():  # not the buffers: rotary frequencies in 16 bits garble long texts
-            weights.data = weights.data.to(DTYPES[precision])
+        lower(self._parts[0], DTYPES[precision])
         self._packs = getattr(self._parts[0], "can_flatten_inputs", False)
 
     def token_ids(self, text: str) -> list[int]:
@@ -115,7 +114,7 @@ class TorchEngine:
         return torch.nn.functional.normalize(features["sentence_embedding"][:, : self._dim].float(), dim=1)
 
     def _rectangle(self, batch: Sequence[Tokens]) -> dict[str, Any]:
-        ids, mask = pad(batch, self.pad_id, multiple=GPU_WIDTH_MULTIPLE if self.on_gpu else 1)
+        ids, mask = pad(batch, self.pad_id, multiple=width_multiple())
         return {"input_ids": self._send(ids), "attention_mask": self._send(mask)}
 
     def _packed(self, batch: Sequence[Tokens]) -> dict[str, Any]:
@@ -141,8 +140,7 @@ class TorchEngine:
         return {"input_ids": self._send(flat), "offsets": self._send(starts)}
 
     def _send(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self.on_gpu else tensor
+        return send(array, self._device)
 
 
 class _Whole(torch.nn.Module):
@@ -190,6 +188,32 @@ def _quantize_linear(module: Any) -> None:
 def has_cuda() -> bool:
     """Whether torch sees a GPU."""
     return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where models run here."""
+    return torch.device("cuda" if has_cuda() else "cpu")
+
+
+def width_multiple() -> int:
+    """What the width of a batch is rounded up to here."""
+    return GPU_WIDTH_MULTIPLE if has_cuda() else 1
+
+
+def send(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on a device; a GPU is not waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def lower(module: Any, dtype: torch.dtype, but_for: Collection[int] = ()) -> None:
+    """Weights of a module in ``dtype``, but for those with these ids.
+
+    Not its buffers: rotary frequencies in 16 bits garble long texts.
+    """
+    for weights in module.parameters():
+        if id(weights) not in but_for:
+            weights.data = weights.data.to(dtype)
 
 
 def gpu_name() -> str:

@@ -15,7 +15,7 @@ DOORS = {
     "uvicorn": {"jobs/serve"},
     "prometheus_client": {"exposition"},
     "faiss": {"index", "index_parts", "clustering"},
-    "torch": {"torch_engine", "reranker", "training/trainer"},
+    "torch": {"torch_engine", "reranker", "cross_encoder", "training/trainer"},
     "datasets": {"training/trainer"},
     "openvino": {"openvino_engine"},
     "sentence_transformers": {"torch_engine", "encoder_bench", "reranker", "training/trainer"},

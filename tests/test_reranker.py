@@ -10,6 +10,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from pipeline.config_file import parse_config
+from pipeline.cross_encoder import CrossEncoding
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.numerics import native_bf16
 from pipeline.reranker import BLOCK_TEXTS, FIRST_TEXTS, load_reranker, rerank
@@ -107,14 +108,14 @@ class Clock:
     def __init__(self, reranker):
         self.now = 0.0
         self.batches = []
-        forward = reranker._forward
+        forward = reranker._scoring.score
 
         def counted(batch):
             self.batches.append([len(pair.ids) for pair in batch])
             self.now += len(batch) * max(self.batches[-1])
             return forward(batch)
 
-        reranker._forward = counted
+        reranker._scoring.score = counted
         reranker.clock = lambda: self.now
 
 
@@ -128,7 +129,7 @@ def test_what_is_not_scored_in_time_is_the_end_of_the_ranking(reranker, expected
     assert known[:count].all()
     assert np.allclose(scores[:count], expected[:count], rtol=0, atol=1e-5)
     assert clock.now <= max(budget_s, FIRST_TEXTS * max(clock.batches[0]))
-    one_more = len(reranker._pairs(QUERY, TEXTS[count : count + 1])[0].ids)
+    one_more = len(reranker._scoring.read(QUERY, TEXTS[count : count + 1])[0].ids)
     assert clock.now + one_more > budget_s
     assert max(map(len, clock.batches)) <= BLOCK_TEXTS
     assert rerank(scores)[count:].tolist() == list(range(count, len(TEXTS)))
@@ -152,24 +153,24 @@ def test_batches_are_of_like_lengths_within_the_budget(reranker):
 
 
 def test_text_that_does_not_fit_into_memory_keeps_its_place(reranker, expected):
-    forward = reranker._forward
+    forward = reranker._scoring.score
 
     def small(batch):
         if len(batch) * len(batch[0].ids) > 100:
             raise torch.OutOfMemoryError
         return forward(batch)
 
-    reranker._forward = small
+    reranker._scoring.score = small
     scores = reranker.score(QUERY, TEXTS)
     lost = np.isnan(scores)
-    assert lost.tolist() == [len(pair.ids) > 100 for pair in reranker._pairs(QUERY, TEXTS)]
+    assert lost.tolist() == [len(pair.ids) > 100 for pair in reranker._scoring.read(QUERY, TEXTS)]
     assert 0 < lost.sum() < len(TEXTS)
     assert np.allclose(scores[~lost], expected[~lost], rtol=0, atol=1e-5)
 
 
 def test_score_that_is_not_finite_is_none(reranker):
-    weights = reranker._model.get_parameter("0.model.bert.embeddings.word_embeddings.weight")
-    weights.data[reranker._pairs("zebra", [""])[0].ids[1]] = float("nan")
+    weights = reranker._scoring._model.get_parameter("0.model.bert.embeddings.word_embeddings.weight")
+    weights.data[reranker._scoring.read("zebra", [""])[0].ids[1]] = float("nan")
     assert np.isnan(reranker.score(QUERY, ["a", "zebra", "b"])).tolist() == [False, True, False]
 
 
@@ -268,7 +269,7 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, minilm):
     reranked = load_reranker(str(folder))
     file.write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match=r"reads other tokens than its tokenizer\.json gives"):
-        type(reranked)(reranked._model, folder, 128, "fp32")
+        CrossEncoding(reranked._scoring._model, folder, 128, "fp32")
 
 
 @given(

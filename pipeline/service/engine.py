@@ -184,7 +184,7 @@ class Engine:
         if request.rerank and not self._reranking.is_named:
             raise wrong("rerank", NOT_NAMED.removeprefix("rerank: "))
         if request.rerank and request.vectors is not None:
-            raise wrong("rerank", "a cross-encoder needs queries as texts")
+            raise wrong("rerank", "a re-ranker needs queries as texts")
         started = time.perf_counter()
         reranking, until = self._reranking if request.rerank else None, started + RERANKING_SHARE * self.limits.timeout_s
         return Asked(served, self.model, ask, frozenset(include), started, self.meters, reranking, until)

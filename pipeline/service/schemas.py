@@ -38,7 +38,7 @@ class SearchRequest(Request):
     recall: float | None = Field(None, ge=0, le=1, description="The fastest measured settings that find so much")
     latency_ms: float | None = Field(None, gt=0, description="The best measured settings within a time per query")
     mode: Mode | None = Field(None, description="By vectors, by words (BM25), or both; default: search.mode of the config")
-    rerank: bool = Field(False, description="Re-rank the best texts with the cross-encoder of search.reranker")
+    rerank: bool = Field(False, description="Re-rank the best texts with the model of search.reranker")
     filter: Filter | None = Field(None, description="Only documents whose metadata passes, as in OpenAI's vector stores")
     group: Literal["document", "passage"] = Field(
         "document", description="A document once, by its best passage, or with every passage found"
@@ -77,7 +77,7 @@ class DocumentOfHit(BaseModel):
 class HitOut(BaseModel):
     """A text that answers the query. ``score``: what it is ranked by, one of ``scores``.
 
-    ``scores``: dense is the cosine, lexical BM25, hybrid the fused one, rerank the cross-encoder's; of rankings that have it.
+    ``scores``: dense is the cosine, lexical BM25, hybrid the fused one, rerank the re-ranker's; of rankings that have it.
 
     ``doc_ids``: every document that has this text and is not above it already; ``documents`` says more of the first 1,000.
     """
@@ -144,7 +144,7 @@ class EmbeddingsResponse(BaseModel):
 
 
 class RankingOptions(Request):
-    """OpenAI's options. ``ranker``: none, or whatever else for the cross-encoder where the config has one."""
+    """OpenAI's options. ``ranker``: none, or whatever else for the re-ranker where the config has one."""
 
     ranker: Literal["none", "auto", "default-2024-11-15"] = "auto"
     score_threshold: Finite | None = Field(None, description="Only what scores so much or more")

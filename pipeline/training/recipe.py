@@ -16,7 +16,8 @@ from pipeline.model_files import check_weights, hash_files, locate
 from pipeline.storage import Storage
 from pipeline.training.pairs import Pair
 
-Kind = Literal["encoder", "reranker", "distilled"]
+Kind = Literal["encoder", "reranker", "late", "distilled"]
+"""``late``: of late interaction."""
 MODEL_KEYS = ("--model", "to be a folder here")
 IDENTITY = "identity.json"
 LOG = "training.jsonl"
@@ -91,12 +92,12 @@ def plan_training(
     spec, folder = resolve_spec(**config.encoder.model_dump(exclude={"precision", "backend"}))
     path = locate(model, None, MODEL_KEYS) if model else folder.path
     check_weights(path)
-    if kind != "reranker" and spec.query_model:
+    if kind in ("encoder", "distilled") and spec.query_model:
         raise ConfigError("encoder.query_model: pairs train one model for both sides; train without it")
     if not all(1 <= dim <= spec.dim for dim in recipe.dims):
         raise ConfigError(f"dims: {recipe.dims}, but {spec.model} has {spec.dim} dimensions; give fewer, from 1 on")
-    if folder.is_static and (kind == "reranker" or recipe.max_tokens):
-        raise ConfigError(f"{spec.model}: a bag of token vectors has no limit of tokens and makes no cross-encoder")
+    if folder.is_static and (kind in ("reranker", "late") or recipe.max_tokens):
+        raise ConfigError(f"{spec.model}: a bag of token vectors has no limit of tokens and makes no re-ranker")
     if recipe.max_tokens and recipe.max_tokens > (positions := max_positions(path)):
         raise ConfigError(f"max_tokens: {recipe.max_tokens}, but {path} has {positions} positions; lower it")
     if kind != "encoder" and not any(pair.negatives for pair in pairs):

@@ -1,4 +1,4 @@
-"""The only door to sentence-transformers' trainers: bi-encoders, cross-encoders, one teaching the other.
+"""The only door to sentence-transformers' trainers: bi-encoders, cross-encoders, late interaction, one teaching another.
 
 Contrastive training has every other text of a batch for a negative, and the batch is cut to what memory holds without changing
 its gradient (GradCache, arXiv 2101.06983). Checkpoints lie beside the model folder until that is whole: a run that is cut
@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import (
     CrossEncoder,
+    MultiVectorEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -23,13 +24,17 @@ from sentence_transformers import (
 from sentence_transformers import __version__ as trainer_version
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import ListNetLoss
+from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.multi_vector_encoder.trainer import MultiVectorEncoderTrainer
+from sentence_transformers.multi_vector_encoder.training_args import MultiVectorEncoderTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MarginMSELoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from sentence_transformers.util import pairwise_cos_sim
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
@@ -37,6 +42,7 @@ from pipeline import torch_engine
 from pipeline.errors import ConfigError
 from pipeline.job import Event, Meter, Say
 from pipeline.numerics import native_bf16
+from pipeline.reranker import is_multi_vector
 from pipeline.training.pairs import Pair
 from pipeline.training.recipe import Recipe, Trained, Training, begin, check_batch, finished, last_checkpoint, write_log
 
@@ -59,7 +65,7 @@ def train(training: Training, say: Say = lambda _: None) -> Trained:
     if done is not None:
         return done
     torch.manual_seed(training.recipe.seed)
-    trainer = _reranker(training) if training.kind == "reranker" else _encoder(training)
+    trainer = {"reranker": _reranker, "late": _late_interaction}.get(training.kind, _encoder)(training)
     begin(training)
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.add_callback(_Telling(training, Meter(training.out.name, say)))
@@ -125,15 +131,42 @@ def _encoder(training: Training) -> Any:
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=MINI_BATCH, gather_across_devices=_workers() > 1)
     if recipe.dims:
         loss = MatryoshkaLoss(model, loss, sorted({*recipe.dims, model.get_embedding_dimension()}, reverse=True))
-    columns = {name: prompts["query" if name == "query" else "document"] for name in rows[0] if name != "label"}
     arguments = SentenceTransformerTrainingArguments(
         **_arguments(training, len(rows)),
         # a text that answers two queries of a batch would be a negative of one; margins have no negatives but their own
         batch_sampler="batch_sampler" if is_taught else "no_duplicates",
-        prompts={name: text for name, text in columns.items() if text} or None,
+        prompts=_by_column(rows, prompts),
     )
     _on_one_device(arguments)
     return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss)
+
+
+def _by_column(rows: Sequence[dict[str, Any]], prompts: dict[str, str]) -> dict[str, str] | None:
+    """The prompt of each column of texts; None where there is none."""
+    columns = {name: prompts["query" if name == "query" else "document"] for name in rows[0] if name != "label"}
+    return {name: text for name, text in columns.items() if text} or None
+
+
+def _late_interaction(training: Training) -> Any:
+    """An encoder's own token vectors are kept whole: they are stored nowhere, so nothing is won by fewer dimensions."""
+    if is_multi_vector(training.folder):
+        model = _load(training, MultiVectorEncoder)
+    else:
+        transformer = _load(training, SentenceTransformer)[0]
+        normalize = Normalize(module_input_name="token_embeddings")
+        model = MultiVectorEncoder(modules=[transformer, MultiVectorMask(), normalize], device=str(torch_engine.device()))
+        model.prompts = dict(zip(PROMPT_NAMES, training.prompts, strict=True))
+        model.model_card_data.generate_widget_examples = False
+    rows = _rows(training.pairs, training.recipe)
+    loss = CachedMultiVectorMultipleNegativesRankingLoss(
+        model, mini_batch_size=MINI_BATCH, gather_across_devices=_workers() > 1
+    )
+    prompts = {name: model.prompts.get(name) or "" for name in PROMPT_NAMES}
+    arguments = MultiVectorEncoderTrainingArguments(
+        **_arguments(training, len(rows)), batch_sampler="no_duplicates", prompts=_by_column(rows, prompts)
+    )
+    _on_one_device(arguments)
+    return MultiVectorEncoderTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss)
 
 
 def _reranker(training: Training) -> Any:
@@ -150,8 +183,9 @@ def _reranker(training: Training) -> Any:
 
 def _load(training: Training, kind: Any) -> Any:
     """The model in FP32; an encoder asked for as a cross-encoder gets a last layer that has learnt nothing yet."""
-    device = torch.device("cuda" if torch_engine.has_cuda() else "cpu")
-    model = torch_engine.load(str(training.folder), device, trust_remote_code=training.trust_remote_code, kind=kind)
+    model = torch_engine.load(
+        str(training.folder), torch_engine.device(), trust_remote_code=training.trust_remote_code, kind=kind
+    )
     if kind is CrossEncoder:
         if model.num_labels != 1:
             raise ConfigError(f"{training.model}: found {model.num_labels} outputs, expected one; name another model")

@@ -200,6 +200,26 @@ def test_a_trained_cross_encoder_ranks_and_teaches(root, pairs, tmp_path):
     assert after > before + 0.2
 
 
+def test_a_model_of_late_interaction_ranks_untrained_and_better_trained(root, pairs, tmp_path):
+    short = replace(RECIPE, epochs=0.25, learning_rate=1e-9)
+    train(plan_training("late", root, pairs, short, tmp_path / "as-it-is"))
+    trained = train(plan_training("late", root, pairs, replace(RECIPE, epochs=6), tmp_path / "late"))
+    first, last = ([loss for _, loss in trained.losses[part]] for part in (slice(4), slice(-4, None)))
+    assert np.mean(last) < 0.9 * np.mean(first)
+    hard = [pair for pair in pairs if pair.negatives]
+    before, after = (late_margin(load_reranker(str(tmp_path / name)), hard) for name in ("as-it-is", "late"))
+    assert after > before + 0.05
+    again = train(plan_training("late", root, pairs, short, tmp_path / "further", str(tmp_path / "late")))
+    assert late_margin(load_reranker(str(again.out)), hard) == pytest.approx(after, abs=0.02)
+    assert load_reranker(str(again.out)).max_tokens == load_reranker(str(tmp_path / "as-it-is")).max_tokens > RECIPE.max_tokens
+
+
+def late_margin(reranker, pairs: list[Pair]) -> float:
+    """How far the answer is above its nearest negative, as a share of its score, on average."""
+    ranked = [reranker.score(pair.query, [pair.positive, *pair.negatives]) for pair in pairs]
+    return float(np.mean([(scores[0] - scores[1:].max()) / scores[0] for scores in ranked]))
+
+
 def agreement(encoder: Encoder, pairs: list[Pair]) -> float:
     """Correlation of an encoder's margins between answers and negatives with those of the teacher."""
     margins = []
