@@ -16,7 +16,8 @@ import numpy as np
 from pipeline import index, operating
 from pipeline.client import Artifact
 from pipeline.collection import Collection
-from pipeline.config import Config, IndexConfig
+from pipeline.config import Config
+from pipeline.config_what import IndexConfig
 from pipeline.document_files import Documents
 from pipeline.errors import ConfigError
 from pipeline.evaluation import chosen_queries, ir_metrics, read_qrels

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import CorpusConfig, StoreConfig
+from pipeline.config import StoreConfig
+from pipeline.config_what import CorpusConfig
 from pipeline.errors import BadFileError, ConfigError, DataError
 from pipeline.fingerprint import sha256
 from pipeline.formats import read_rows

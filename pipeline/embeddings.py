@@ -16,9 +16,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import layout
+from pipeline.batching import lengths_of
 from pipeline.errors import EncoderError, VerificationError
 from pipeline.fingerprint import sha256
 from pipeline.manifest import DataFile, Record, put_data, put_record
+from pipeline.model import EncoderSpec
 from pipeline.passages import KEY_BYTES
 from pipeline.shards import (
     KEY_DTYPE,
@@ -35,6 +37,7 @@ from pipeline.shards import (
 )
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
+from pipeline.windows import document_tokens
 
 ENCODER = b"vecmill.encoder"
 MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
@@ -68,12 +71,16 @@ class EmbedUnit(BaseModel):
 
 @dataclass(frozen=True)
 class TokenizedUnit:
-    """A unit ready for the encoder: keys ascending, token ids of all passages in one array, cut by ``lengths``."""
+    """A unit ready for the encoder: keys ascending, token ids of all passages in one array, cut by ``lengths``.
+
+    ``windows``: how many of those each passage has.
+    """
 
     name: str
     keys: Keys
     ids: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
+    windows: npt.NDArray[np.int32]
     timings_s: dict[str, float]
 
 
@@ -103,18 +110,18 @@ def plan_embedding(
     return units
 
 
-def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, prompt: str) -> TokenizedUnit:
+def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, spec: EncoderSpec) -> TokenizedUnit:
     """Read the texts of a unit and tokenize them once, with the prompt."""
     started = time.perf_counter()
     table = pa.concat_tables([_read_rows(storage, pick) for pick in unit.picks])
     read_s = time.perf_counter() - started
     order = np.argsort(keys_of(table.column("key")))
     table = table.take(order)
-    ids = tokenizer([prompt + text for text in table.column("text").to_pylist()])
-    lengths = np.array([len(tokens) for tokens in ids], dtype=np.int32)
+    ids, windows = document_tokens(tokenizer, spec, table.column("text").to_pylist())
+    lengths = lengths_of(ids).astype(np.int32)
     flat = np.fromiter((token for tokens in ids for token in tokens), dtype=np.int32, count=int(lengths.sum()))
     timings = {"read": read_s, "tokenize": time.perf_counter() - started - read_s}
-    return TokenizedUnit(unit.name, keys_of(table.column("key")), flat, lengths, timings)
+    return TokenizedUnit(unit.name, keys_of(table.column("key")), flat, lengths, np.array(windows, dtype=np.int32), timings)
 
 
 def put_embeddings(

@@ -20,6 +20,8 @@ from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_precision
 from pipeline.openvino_engine import Graph, GraphFacts, OpenVinoEngine, graph_folder, load_graph, save_graph, trace
 from pipeline.tokenizer import TextTokenizer
+from pipeline.unit_vectors import are_unit, mean_of_windows, why_none
+from pipeline.windows import document_tokens
 
 if TYPE_CHECKING:
     from pipeline.torch_engine import TorchEngine
@@ -31,7 +33,6 @@ CALIBRATION_SECONDS = 0.3
 CALIBRATION_GAIN = 1.03
 """A larger budget must be so much faster: a smaller one pads less and needs less memory."""
 MIN_ENGINE_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
-NORM_TOLERANCE = 1e-3
 PROBE = "The tokenizer file and the model must agree: Ünïcode, 数学 and emoji 🙂 too."
 
 
@@ -83,16 +84,19 @@ class Encoder:
 
     def encode_documents(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of passages, float32 (n, dim), in the order of ``texts``. EncoderError when one has none."""
-        return self._encode_texts(texts, self.spec.document_prompt)
+        tokens, windows = self.tokenize_documents(texts)
+        return self._whole(self.encode_tokens(tokens, prompt=self.spec.document_prompt, windows=windows))
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of queries, float32 (n, dim), in the order of ``texts``. EncoderError when one has none."""
-        return self._encode_texts(texts, self.spec.query_prompt)
+        prompt = self.spec.query_prompt
+        return self._whole(self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt))
 
-    def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "") -> Encoded:
+    def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "", windows: Sequence[int] | None = None) -> Encoded:
         """Unit vectors of texts tokenized before with ``prompt``, in their order.
 
-        A text whose vector is zero or not finite is tried again alone, then in FP32; then it is among the failed.
+        ``windows``: of how many rows of ``tokens`` the vector of each text is the mean; default: of one. A text whose vector is
+        zero or not finite is tried again alone, then in FP32; then it is among the failed.
         Where a GPU runs out of memory the batch budget is halved for good.
         """
         lengths = lengths_of(tokens)
@@ -102,18 +106,24 @@ class Encoder:
         before = self._engine.padded_tokens
         if len(tokens):
             vectors[order] = self._engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
-        bad = np.flatnonzero(~_are_unit(vectors))
+        bad = np.flatnonzero(~are_unit(vectors))
         for row in bad.tolist():
             vectors[row] = self._engine.run([tokens[row]], lengths[row : row + 1], prompt_tokens)[0]
-        still = bad[~_are_unit(vectors[bad])]
+        still = bad[~are_unit(vectors[bad])]
         if len(still):
             exact = self._exact([tokens[row] for row in still], prompt_tokens)
             vectors[still] = np.where(np.isnan(exact), vectors[still], exact)
-        lost = still[~_are_unit(vectors[still])]
-        failed = {int(row): _reason(vectors[row], len(tokens[row])) for row in lost}
+        lost = still[~are_unit(vectors[still])]
+        failed = {int(row): why_none(vectors[row], len(tokens[row])) for row in lost}
         vectors[lost] = np.nan
         padded = self._engine.padded_tokens - before
+        if windows is not None and len(windows) < len(tokens):
+            vectors, failed = mean_of_windows(vectors, failed, np.asarray(windows))
         return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
+
+    def tokenize_documents(self, texts: Sequence[str]) -> tuple[list[Tokens], list[int]]:
+        """Token ids of texts after the document prompt, and how many rows of them belong to each text."""
+        return document_tokens(self.tokenizer, self.spec, texts)
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product on this device in the encoder's arithmetic: what MFU is a share of.
@@ -144,10 +154,9 @@ class Encoder:
         prompt_tokens = self.tokenizer.prompt_tokens(prompt)
         return cast(npt.NDArray[np.float32], (vectors * self._exact(tokens, prompt_tokens)).sum(axis=1))
 
-    def _encode_texts(self, texts: Sequence[str], prompt: str) -> Vectors:
-        encoded = self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt)
+    def _whole(self, encoded: Encoded) -> Vectors:
         for row, reason in encoded.failed.items():
-            raise EncoderError(f"{self.spec.model}: text {row} of {len(texts)} has no vector, {reason}; leave it out")
+            raise EncoderError(f"{self.spec.model}: text {row} of {len(encoded.vectors)} has no vector, {reason}; leave it out")
         return encoded.vectors
 
     def _exact(self, tokens: Sequence[Tokens], prompt_tokens: int) -> Vectors:
@@ -222,7 +231,7 @@ class Encoder:
             raise EncoderError(
                 f"{self.spec.model}: gives {vector.shape[1]} dimensions, its module configs say {self.dim}; mend them"
             )
-        if not _are_unit(vector)[0]:
+        if not are_unit(vector)[0]:
             raise EncoderError(
                 f"{self.spec.model}: no finite vector of a plain sentence in {self.spec.precision}; "
                 f"set encoder.precision={'bf16' if self.spec.precision == 'fp16' else 'fp32'}"
@@ -254,20 +263,6 @@ def _check_spec(spec: EncoderSpec) -> ModelFolder:
     if found.fingerprint != spec.fingerprint:
         raise EncoderError(f"{spec.model}: this machine has {found}, the job was planned with {spec}; install the same model")
     return folder
-
-
-def _reason(vector: Vectors, tokens: int) -> str:
-    """Why a text has no vector, alone and in FP32: ``<code>: <reason>``."""
-    if np.isinf(vector).all():
-        return f"E_OOM: {tokens} tokens, no memory for it alone; give the encoder more or lower encoder.max_tokens"
-    if not vector.any():
-        return f"E_ZERO_NORM: {tokens} tokens, its vector is zero, alone and in fp32"
-    return f"E_NONFINITE: {tokens} tokens, its vector is not finite, alone and in fp32"
-
-
-def _are_unit(vectors: Vectors) -> npt.NDArray[np.bool_]:
-    """For each row whether it is finite and of length 1."""
-    return cast(npt.NDArray[np.bool_], np.abs(np.linalg.norm(vectors, axis=1) - 1) < NORM_TOLERANCE)
 
 
 def resolve_here(precision: str, *, overflows: bool = False) -> str:

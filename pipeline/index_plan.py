@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.errors import ConfigError
 
 Kind = Literal["flat", "ivfpq", "ivfpqfs", "ivfrabitq", "ivfsq8", "factory"]

@@ -184,8 +184,7 @@ def _trusted_spec(uri: str, manifest: ArtifactManifest, *, trust_remote_code: bo
 
 def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
     """The encoder of a config; raises ConfigError unless the artifact was made with it."""
-    settings = config.encoder.model_dump(exclude={"precision", "backend"})
-    spec, _ = resolve_spec(**settings, precision=manifest.encoder["precision"])
+    spec, _ = resolve_spec(**config.encoder_request(), precision=manifest.encoder["precision"])
     if spec.query_space != manifest.encoder.get("query_space"):
         raise ConfigError(
             f"{config.root}: artifact {manifest.version} was made for queries by {manifest.encoder.get('query_model')}, "
@@ -194,8 +193,9 @@ def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
     if spec.space != manifest.encoder["space"]:
         raise ConfigError(
             f"{config.root}: artifact {manifest.version} was made with {manifest.encoder['model']}, max_tokens "
-            f"{manifest.encoder['max_tokens']}, prompt {manifest.encoder['document_prompt']!r}; the config's encoder "
-            f"({spec.model}, {spec.max_tokens}, {spec.document_prompt!r}) is another; run vecmill reindex or mend the config"
+            f"{manifest.encoder['max_tokens']}, prompt {manifest.encoder['document_prompt']!r}, pooled windows of "
+            f"{manifest.encoder.get('window')}; the config's encoder ({spec.model}, {spec.max_tokens}, "
+            f"{spec.document_prompt!r}, {spec.window}) is another; run vecmill reindex or mend the config"
         )
     return spec
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config import Rescore
+from pipeline.config_what import Rescore
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import sha256
 from pipeline.index_plan import Kind

@@ -22,7 +22,8 @@ OVERFLOWING = ("t5", "mt5", "umt5", "gemma3", "gemma3_text")
 class EncoderSpec:
     """Everything that changes a vector. ``space``: hash of model files, prompt, max tokens, dim. Precision, backend: resolved.
 
-    ``query_model``: encodes the queries instead of ``model``; ``query_space`` is its own.
+    ``query_model``: encodes the queries instead of ``model``; ``query_space`` is its own. ``window``: the vector of a document
+    of more tokens is the mean of those of its windows, which share ``overlap`` (see windows); None: it is cut.
     """
 
     model: str
@@ -38,6 +39,8 @@ class EncoderSpec:
     query_revision: str | None = None
     query_space: str | None = None
     trust_remote_code: bool = False
+    window: int | None = None
+    overlap: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -86,6 +89,8 @@ class EncoderRequest(TypedDict, total=False):
     query_model: str | None
     query_revision: str | None
     trust_remote_code: bool
+    window: int | None
+    overlap: int | None
 
 
 @dataclass(frozen=True)
@@ -159,9 +164,18 @@ def resolve_spec(
         raise ConfigError(f"encoder.max_tokens: {limit}, but {model} has {position} positions; lower it")
     if dim > folder.dim:
         raise ConfigError(f"encoder.dim: {dim}, but {model} has {folder.dim} dimensions; lower it")
+    window, overlap = request.get("window"), request.get("overlap")
+    pooled = {} if window is None else {"window": min(window, limit), "overlap": overlap}
     files = {"files": folder.files_hash} if dim == folder.dim else {"files": folder.files_hash, "dim": str(dim)}
     space = fingerprint(
-        {**files, "document_prompt": document, "max_tokens": limit, "normalize": True, "special_tokens": "spelled out"}
+        {
+            **files,
+            "document_prompt": document,
+            "max_tokens": limit,
+            "normalize": True,
+            "special_tokens": "spelled out",
+            **pooled,
+        }
     )
     spec = EncoderSpec(
         model=model,
@@ -177,6 +191,7 @@ def resolve_spec(
         query_revision=request.get("query_revision"),
         query_space=query_space,
         trust_remote_code=trusted,
+        **pooled,
     )
     return spec, folder
 

@@ -205,7 +205,7 @@ def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:
     from pipeline.encoder import Encoder  # loads a model
 
     encoder = Encoder(spec)
-    tokens = encoder.tokenizer([spec.document_prompt + text for text in texts])
+    tokens, _ = encoder.tokenize_documents(texts)
     lengths = lengths_of(tokens)
     order = np.argsort(-lengths, kind="stable")
     batches = list(pack_batches(lengths[order], encoder.batch_tokens))

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import CorpusConfig, StoreConfig
+from pipeline.config import StoreConfig
+from pipeline.config_what import CorpusConfig
 from pipeline.errors import BadFileError
 from pipeline.listing import stamp_now
 from pipeline.storage import file_at

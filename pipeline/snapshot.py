@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import layout
-from pipeline.config import Config, CorpusConfig
+from pipeline.config import Config
+from pipeline.config_what import CorpusConfig
 from pipeline.documents import Resolution
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint

@@ -39,7 +39,7 @@ SIDE_DOORS = {("ray", "jobs/submit.py")}
 ENCODER_NEEDS = {
     f"pipeline.{name}"
     for name in (
-        *("encoder", "encoder_bench", "torch_engine", "openvino_engine", "batching", "tokenizer"),
+        *("encoder", "encoder_bench", "torch_engine", "openvino_engine", "batching", "tokenizer", "windows", "unit_vectors"),
         *("model", "model_files", "numerics", "errors", "fingerprint"),
     )
 }

@@ -11,19 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import slices
-from pipeline.config import IndexConfig, PassagesConfig
 from pipeline.config_file import load_config
+from pipeline.config_what import IndexConfig, PassagesConfig
 from pipeline.corpus import choose_files, read_documents
 from pipeline.encoder import Encoder
 from pipeline.errors import BadFileError, ConfigError, DataError, EncoderError
 from pipeline.index_plan import choose
 from pipeline.listing import list_files
 from pipeline.model import resolve_spec
-from pipeline.passages import SEGMENT_CHARS, Splitter
+from pipeline.passages import Splitter
 from pipeline.slices import Slice
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 from pipeline.validation import validate
+from pipeline.windows import SEGMENT_CHARS
 from tests.conftest import make_config, write_jsonl
 
 GOOD = [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}]

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline import collection, index
 from pipeline.collection import Collection
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.index_parts import Parts
 from pipeline.index_plan import choose
 from pipeline.recall import exact_search

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import CorpusConfig, StoreConfig
+from pipeline.config import StoreConfig
+from pipeline.config_what import CorpusConfig
 from pipeline.corpus import RejectedRow, SourceDocument, choose_files, normalise, read_documents
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats import count_rows

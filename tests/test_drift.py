@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import drift
 from pipeline.artifact import read_manifest
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.index import Trained, train
 from pipeline.index_plan import choose
 from pipeline.manifest import Evaluation, Health, OperatingPoint

@@ -20,6 +20,7 @@ from pipeline.model import resolve_spec
 from pipeline.model_files import hash_files
 from pipeline.numerics import resolve_precision
 from pipeline.torch_engine import TorchEngine
+from pipeline.unit_vectors import mean_of_windows
 from pipeline.what_if import flops_per_token
 from tests.conftest import MINILM
 
@@ -234,6 +235,16 @@ def test_poisoned_text_is_rescued_and_harms_no_neighbour(precision):
     after = encoder.encode_documents(texts)
     assert (before * after).sum(axis=1).min() > 0.999
     assert encoder.encode_tokens(encoder.tokenizer(texts)).rescued == 2
+
+
+def test_a_text_of_which_a_window_has_no_vector_has_none(minilm):
+    vectors = np.eye(4, dtype=np.float32)
+    vectors[2] = np.nan
+    means, failed = mean_of_windows(vectors, {2: "E_NONFINITE: 9 tokens"}, np.array([2, 2]))
+    assert failed == {1: "E_NONFINITE: 9 tokens"}
+    assert np.allclose(means[0], [0.5**0.5, 0.5**0.5, 0, 0])
+    opposed = np.stack([vectors[0], -vectors[0], vectors[1]])
+    assert mean_of_windows(opposed, {}, np.array([2, 1]))[1] == {0: "E_ZERO_NORM: the vectors of its windows cancel each other"}
 
 
 def test_text_without_a_finite_vector_is_named(tmp_path, minilm):

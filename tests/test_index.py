@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline import index, index_parts
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.index_plan import choose, code_bytes, index_bytes
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import collection, document_files, index
 from pipeline.artifact import describe
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.document_files import SCHEMA, Documents, DocumentsWriter
 from pipeline.errors import ConfigError
 from pipeline.filters import METADATA, parse_filter, write_metadata

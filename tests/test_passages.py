@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import PassagesConfig
+from pipeline.config_what import PassagesConfig
 from pipeline.errors import ConfigError
 from pipeline.passages import KEY_BYTES, Splitter, passage_key
 from pipeline.tokenizer import TextTokenizer
@@ -46,6 +46,28 @@ def test_windows_fit_cover_and_keep_their_spans(minilm, words, prompt):
     assert all(seen or char.isspace() for seen, char in zip(covered, text, strict=True))
     starts = [passage.start for passage in passages]
     assert starts == sorted(set(starts))
+
+
+def test_windows_are_as_short_as_the_config_says(tokenizer):
+    text = " ".join(f"word{number}" for number in range(100))
+    passages = splitter(tokenizer, "note: ", tokens=32, overlap=4)([text, "a short text"])
+    assert [len(each) for each in passages] == [len(passages[0]), 1]
+    assert len(passages[0]) > 8
+    for passage in passages[0]:
+        assert tokenizer.count(["note: " + passage.text])[0] == passage.tokens <= 32
+    with pytest.raises(ConfigError, match=r"passages.tokens: 65, the encoder takes 64"):
+        splitter(tokenizer, tokens=65)
+
+
+def test_a_document_of_pooled_windows_is_one_passage_of_all_their_tokens(tokenizer):
+    text = " ".join(f"word{number}" for number in range(100))
+    windows = splitter(tokenizer, tokens=32)([text])[0]
+    ((pooled,),) = splitter(tokenizer, tokens=32, pool="mean")([text])
+    assert (pooled.key, pooled.start, pooled.end, pooled.text) == (passage_key(text), 0, len(text), text)
+    assert (pooled.tokens, pooled.truncated) == (sum(window.tokens for window in windows), False)
+    assert splitter(tokenizer, pool="mean")(["a short text"]) == splitter(tokenizer)(["a short text"])
+    with pytest.raises(ValueError, match=r"tokens and pool are of windows; set passages\.long: split"):
+        PassagesConfig(long="truncate", pool="mean")
 
 
 def test_windows_start_and_end_at_words_and_overlap(tokenizer):

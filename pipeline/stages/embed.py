@@ -10,9 +10,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import ray.data
 
 from pipeline import retries
+from pipeline.batching import lengths_of
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
     MAX_UNIT_PASSAGES,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 MIN_UNIT_PASSAGES = 512
 UNITS_PER_ENCODER = 8
+UNIT_PASSAGE_TOKENS = 256
+"""Of passages on average up to which a unit has as many as it may."""
 CALIBRATED_PASSAGES = 20_000
 """With fewer to encode, finding the best batch budget takes longer than it saves."""
 CHECKED_TEXTS = 16
@@ -64,7 +68,7 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     folder, records = job.embedding_folder, job.embedding_records()
     known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
     passages = sum(len(keys) for _, keys, _ in keyed)
-    units = plan_embedding(keyed, known, unit_passages(job.config.compute, cluster, passages))
+    units = plan_embedding(keyed, known, unit_passages(job.config.compute, cluster, passages, snapshot.counts["tokens"]))
     total = sum(unit.passages for unit in units)
     machine = machine_name(cluster.threads(job.config.compute)) if cluster.nodes == 1 else None
     document_bytes = sum(part.file.size_bytes for part in found)
@@ -80,9 +84,13 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     return total
 
 
-def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int) -> int:
-    """Passages per embedding shard: as configured, else so that each encoder gets several units, within bounds."""
-    largest = MAX_UNIT_PASSAGES["gpu" if cluster.gpus_per_encoder(compute) else "cpu"]
+def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int, tokens: int) -> int:
+    """Passages per embedding shard: as configured, else so that each encoder gets several units, within bounds.
+
+    The longer they are, ``tokens`` in all, the fewer are a unit: it is some seconds of work.
+    """
+    length = max(1.0, tokens / max(1, passages) / UNIT_PASSAGE_TOKENS)
+    largest = max(1, int(MAX_UNIT_PASSAGES["gpu" if cluster.gpus_per_encoder(compute) else "cpu"] / length))
     share = -(-passages // (UNITS_PER_ENCODER * cluster.encoders(compute)))
     return compute.unit_passages or min(largest, max(MIN_UNIT_PASSAGES, share))
 
@@ -152,22 +160,31 @@ def _encode_in_pieces(actor: Mortal, row: dict[str, Any], dim: int, most: int) -
     from pipeline.encoder import Encoded
 
     started = time.perf_counter()
-    ids, lengths = np.frombuffer(row["ids"], dtype=np.int32), np.frombuffer(row["lengths"], dtype=np.int32)
-    texts = np.split(ids, np.cumsum(lengths)[:-1])
-    found = Encoded(np.full((len(texts), dim), np.nan, dtype=np.float32))
+    tokens, windows = _tokens_of(row)
+    borders = np.concatenate([[0], np.cumsum(windows)])
+    found = Encoded(np.full((len(windows), dim), np.nan, dtype=np.float32))
 
     def attempt(piece: range) -> Any:
-        part = np.concatenate([texts[number] for number in piece]).tobytes()
-        return actor.ask("encode", row | {"ids": part, "lengths": lengths[piece.start : piece.stop].tobytes()})
+        part = tokens[borders[piece.start] : borders[piece.stop]]
+        arrays = {"ids": np.concatenate(part), "lengths": lengths_of(part).astype(np.int32)}
+        arrays["windows"] = windows[piece.start : piece.stop]
+        return actor.ask("encode", row | {name: array.tobytes() for name, array in arrays.items()})
 
-    for piece, answer in in_pieces(len(texts), attempt, most):
+    for piece, answer in in_pieces(len(windows), attempt, most):
         if answer is None:
-            found.failed[piece.start] = CRASHED.format(lengths[piece.start], DEATHS)
+            lost = lengths_of(tokens[borders[piece.start] : borders[piece.stop]])
+            found.failed[piece.start] = CRASHED.format(lost.sum(), DEATHS)
         else:
             found = _joined(found, answer[0], piece)
     counts = {"tokens": found.tokens, "padded_tokens": found.padded_tokens, "rescued": found.rescued}
     timings = row["timings"] | {"encode": time.perf_counter() - started, "waiting": 0.0}
     return found, Record(unit=row["name"], files=(), counts=counts, timings_s=timings)
+
+
+def _tokens_of(row: dict[str, Any]) -> tuple[list[npt.NDArray[np.int32]], npt.NDArray[np.int32]]:
+    """Token ids of a tokenized unit, and how many rows of them each passage has."""
+    ids, lengths, windows = (np.frombuffer(row[name], dtype=np.int32) for name in ("ids", "lengths", "windows"))
+    return np.split(ids, np.cumsum(lengths)[:-1]), windows
 
 
 def _joined(found: "Encoded", encoded: "Encoded", piece: range) -> "Encoded":
@@ -195,8 +212,8 @@ def _summary(records: list[Record]) -> str:
 
 def _tokenize_row(row: dict[str, Any], spec: EncoderSpec, storage: Storage) -> dict[str, Any]:
     unit = EmbedUnit.model_validate_json(row["unit"])
-    tokenized = tokenize_unit(unit, storage, _tokenizer(spec), spec.document_prompt)
-    arrays = {"keys": tokenized.keys.tobytes(), "ids": tokenized.ids.tobytes(), "lengths": tokenized.lengths.tobytes()}
+    tokenized = tokenize_unit(unit, storage, _tokenizer(spec), spec)
+    arrays = {name: getattr(tokenized, name).tobytes() for name in ("keys", "ids", "lengths", "windows")}
     return {"name": unit.name, "timings": tokenized.timings_s, "retries": retries.taken(), **arrays}
 
 
@@ -239,15 +256,14 @@ class EncoderActor:
         encoder = self._encoder
         if isinstance(encoder, VecmillError):
             raise encoder
-        ids, lengths = np.frombuffer(row["ids"], dtype=np.int32), np.frombuffer(row["lengths"], dtype=np.int32)
-        tokens = np.split(ids, np.cumsum(lengths)[:-1])
+        tokens, windows = _tokens_of(row)
         with self._alone:
-            return self._encode(encoder, tokens, Record(unit=row["name"], files=(), timings_s=row["timings"]))
+            return self._encode(encoder, tokens, windows, Record(unit=row["name"], files=(), timings_s=row["timings"]))
 
-    def _encode(self, encoder: "Encoder", tokens: list[Any], draft: Record) -> tuple["Encoded", Record]:
+    def _encode(self, encoder: "Encoder", tokens: list[Any], windows: Any, draft: Record) -> tuple["Encoded", Record]:
         prompt = encoder.spec.document_prompt
         started = time.perf_counter()
-        encoded = encoder.encode_tokens(tokens, prompt=prompt)
+        encoded = encoder.encode_tokens(tokens, prompt=prompt, windows=windows)
         timings = {"waiting": started - self._idle_since, "encode": time.perf_counter() - started}
         rates = {}
         if encoder.flops_per_token:
@@ -255,8 +271,10 @@ class EncoderActor:
             rates["mfu"] = encoded.tokens * encoder.flops_per_token / timings["encode"] / self._peak
         if encoder.spec.precision == "int8":
             began = time.perf_counter()
-            checked = [row for row in range(0, len(tokens), -(-len(tokens) // CHECKED_TEXTS)) if row not in encoded.failed]
-            cosine = encoder.cosine_to_exact([tokens[row] for row in checked], encoded.vectors[checked], prompt=prompt)
+            first = np.cumsum(windows) - windows
+            whole = [row for row in np.flatnonzero(windows == 1).tolist() if row not in encoded.failed]
+            checked = whole[:: max(1, -(-len(whole) // CHECKED_TEXTS))]
+            cosine = encoder.cosine_to_exact([tokens[first[row]] for row in checked], encoded.vectors[checked], prompt=prompt)
             rates |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())} if checked else {}
             timings["check"] = time.perf_counter() - began
         self._idle_since = time.perf_counter()

@@ -202,7 +202,7 @@ class UnitReader:
 @lru_cache(maxsize=2)
 def _splitter(spec: EncoderSpec, passages: str) -> Splitter:
     """One tokenizer per worker process and setting."""
-    from pipeline.config import PassagesConfig
+    from pipeline.config_what import PassagesConfig
 
     tokenizer = TextTokenizer(find_model(spec.model, spec.revision), spec.max_tokens, spec.prompts)
     return Splitter(tokenizer, PassagesConfig(**json.loads(passages)), spec.document_prompt)

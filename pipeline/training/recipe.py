@@ -89,7 +89,7 @@ def plan_training(
 
     Raises ConfigError for what cannot be trained so.
     """
-    spec, folder = resolve_spec(**config.encoder.model_dump(exclude={"precision", "backend"}))
+    spec, folder = resolve_spec(**config.encoder_request())
     path = locate(model, None, MODEL_KEYS) if model else folder.path
     check_weights(path)
     if kind in ("encoder", "distilled") and spec.query_model:

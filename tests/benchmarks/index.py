@@ -26,7 +26,7 @@ import numpy as np
 
 from pipeline import clustering, index, index_parts, operating
 from pipeline.collection import Collection
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.index_plan import IndexPlan, choose
 from pipeline.recall import exact_search
 from tests.benchmarks import debian

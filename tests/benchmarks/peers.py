@@ -33,7 +33,7 @@ import numpy as np
 
 from pipeline import index
 from pipeline.collection import Collection
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.index_parts import Parts
 from pipeline.index_plan import choose
 from pipeline.recall import drop_self, recall, score

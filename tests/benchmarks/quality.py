@@ -24,7 +24,8 @@ import numpy as np
 
 from pipeline import index, operating
 from pipeline.collection import Collection
-from pipeline.config import IndexConfig, StoreConfig
+from pipeline.config import StoreConfig
+from pipeline.config_what import IndexConfig
 from pipeline.encoder import Encoder
 from pipeline.evaluation import ir_metrics, read_qrels, read_queries
 from pipeline.index_parts import Parts

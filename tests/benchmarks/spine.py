@@ -26,7 +26,7 @@ import numpy as np
 
 from pipeline import index, index_parts, operating
 from pipeline.collection import Collection
-from pipeline.config import IndexConfig
+from pipeline.config_what import IndexConfig
 from pipeline.evaluation import labelled
 from pipeline.index_plan import choose
 from pipeline.live import open_live

@@ -257,6 +257,34 @@ def test_long_documents_are_split_or_truncated(tmp_path):
     assert (counts["passages"], counts["split"], counts["truncated"]) == (6, 0, 1)
 
 
+def test_the_mean_of_a_documents_windows_is_its_one_vector(tmp_path):
+    parts = [f"Sentence {n} tells of the {['sea', 'hill', 'wood'][n % 3]}." for n in range(200)]
+    rows = [{"id": "long", "text": " ".join(parts)}, *sentences(5)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    split = make_config(tmp_path / "split", tmp_path / "a.jsonl", passages={"tokens": 64, "overlap": 8})
+    pooled = make_config(
+        tmp_path / "pooled", tmp_path / "a.jsonl", passages={"tokens": 64, "overlap": 8, "pool": "mean"},
+        store={"embeddings": str(tmp_path / "split" / "embeddings")},
+    )  # fmt: skip
+    outcome_of_split = reindex(split)
+    assert outcome_of_split.snapshot.counts["split"] == 1
+    outcome = reindex(pooled)
+    assert (outcome.snapshot.counts["passages"], outcome.encoded) == (6, 6)
+    windows = open_live(split).partition
+    numbers = range(outcome_of_split.snapshot.counts["passages"] - 5)
+    vectors = np.concatenate([windows.vector_of("long", number) for number in numbers])
+    assert len(vectors) > 5
+    mean = vectors.mean(axis=0)
+    opened = open_live(pooled)
+    found = opened.partition.vector_of("long", 0)[0]
+    assert found @ mean / np.linalg.norm(mean) > 0.9999
+    assert load_query_encoder(opened.spec).encode_documents([rows[0]["text"]])[0] @ found > 0.999
+    assert np.allclose(opened.partition.vector_of("d1", 0), windows.vector_of("d1", 0), atol=1e-3)
+    assert search(pooled, "sea hill wood", 6)[0].doc_id == "long"
+    with pytest.raises(ConfigError, match=r"pooled windows of 64; the config's encoder .* None"):
+        open_live(make_config(tmp_path / "pooled", tmp_path / "a.jsonl", passages={"tokens": 64, "overlap": 8}))
+
+
 def test_bad_rows_go_to_the_quarantine_up_to_the_ceiling(tmp_path):
     rows = sentences(50) + [{"id": f"bad{n}", "text": None} for n in range(11)]
     write_jsonl(tmp_path / "a.jsonl", rows)

@@ -48,7 +48,7 @@ def _embed(job, _cluster, units, _total):
 
 
 def _embed_unit(job, unit):
-    tokenized = tokenize_unit(unit, job.storage, embed._tokenizer(job.spec), job.spec.document_prompt)
+    tokenized = tokenize_unit(unit, job.storage, embed._tokenizer(job.spec), job.spec)
     texts = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
     vectors = np.stack([_vector(text.tobytes(), job.spec.dim) for text in texts])
     counts = {"tokens": len(tokenized.ids), "padded_tokens": len(tokenized.ids), "rescued": 0}
