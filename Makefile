@@ -92,6 +92,7 @@ bench-training: $(INSTALLED)  ## train on SciFact's judgements, measure that and
 	mkdir -p $(FOLDER)
 	$(BIN)/python tests/benchmarks/training.py $(FOLDER)/training
 	$(BIN)/python tests/benchmarks/retrieval.py $(FOLDER)/training/models/reranker
+	$(BIN)/python tests/benchmarks/lengths.py $(FOLDER)/lengths
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts; an hour
 	mkdir -p $(FOLDER)

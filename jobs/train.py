@@ -155,7 +155,7 @@ def train_reranker(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a model for search.reranker: a cross-encoder that puts the answer of each pair above its negatives (ListNet)."""
+    """Train a model for search.reranker: a cross-encoder (ListNet), or one of late interaction, answers above negatives."""
     settings = load_config(config, tuple(overrides or ()))
     batch = batch or (32 if late else 4)
     negatives = (1 if late else 4) if negatives is None else negatives
@@ -180,7 +180,7 @@ def distill(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train encoder.model to tell answers and negatives apart by as much as the cross-encoder search.reranker (MarginMSE)."""
+    """Train encoder.model to tell answers and negatives apart by as much as search.reranker does (MarginMSE)."""
     from pipeline.training.distillation import taught, teacher_of
 
     settings = load_config(config, tuple(overrides or ()))

@@ -7,7 +7,6 @@ encoder can make no vector of is in the quarantine of its unit: vectors + quaran
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -15,29 +14,21 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import layout
-from pipeline.batching import lengths_of
 from pipeline.errors import EncoderError, VerificationError
 from pipeline.fingerprint import sha256
 from pipeline.manifest import DataFile, Record, put_data, put_record
-from pipeline.model import EncoderSpec
 from pipeline.passages import KEY_BYTES
 from pipeline.shards import (
     KEY_DTYPE,
-    ROW_GROUP_ROWS,
     Cursor,
     Keys,
     fixed_binary,
     is_among,
-    keys_of,
-    open_parquet,
     parquet_bytes,
     read_keys,
     to_rows,
 )
 from pipeline.storage import Storage
-from pipeline.tokenizer import TextTokenizer
-from pipeline.windows import document_tokens
 
 ENCODER = b"vecmill.encoder"
 MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
@@ -69,21 +60,6 @@ class EmbedUnit(BaseModel):
     passages: int
 
 
-@dataclass(frozen=True)
-class TokenizedUnit:
-    """A unit ready for the encoder: keys ascending, token ids of all passages in one array, cut by ``lengths``.
-
-    ``windows``: how many of those each passage has.
-    """
-
-    name: str
-    keys: Keys
-    ids: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int32]
-    windows: npt.NDArray[np.int32]
-    timings_s: dict[str, float]
-
-
 def plan_embedding(
     parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64]]], stored: Keys, unit_passages: int
 ) -> list[EmbedUnit]:
@@ -108,20 +84,6 @@ def plan_embedding(
         name = sha256(np.sort(keys[chunk]).tobytes())[:20]
         units.append(EmbedUnit(name=name, picks=picks, passages=len(chunk)))
     return units
-
-
-def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, spec: EncoderSpec) -> TokenizedUnit:
-    """Read the texts of a unit and tokenize them once, with the prompt."""
-    started = time.perf_counter()
-    table = pa.concat_tables([_read_rows(storage, pick) for pick in unit.picks])
-    read_s = time.perf_counter() - started
-    order = np.argsort(keys_of(table.column("key")))
-    table = table.take(order)
-    ids, windows = document_tokens(tokenizer, spec, table.column("text").to_pylist())
-    lengths = lengths_of(ids).astype(np.int32)
-    flat = np.fromiter((token for tokens in ids for token in tokens), dtype=np.int32, count=int(lengths.sum()))
-    timings = {"read": read_s, "tokenize": time.perf_counter() - started - read_s}
-    return TokenizedUnit(unit.name, keys_of(table.column("key")), flat, lengths, np.array(windows, dtype=np.int32), timings)
 
 
 def put_embeddings(
@@ -208,13 +170,3 @@ def _runs(rows: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
     ends = [*starts[1:], len(rows)]
     return tuple((int(rows[start]), int(rows[end - 1]) + 1) for start, end in zip(starts, ends, strict=True))
-
-
-def _read_rows(storage: Storage, pick: Pick) -> Any:
-    """Key and text of some rows of a snapshot part; reads only the row groups that hold them."""
-    rows = np.concatenate([np.arange(first, end) for first, end in pick.runs])
-    groups = np.unique(rows // ROW_GROUP_ROWS)
-    starts = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
-    with open_parquet(storage, layout.PASSAGES, pick.file) as parquet:
-        table = parquet.read_row_groups([int(group) for group in groups], columns=["key", "text"])
-    return table.take(starts + rows % ROW_GROUP_ROWS)

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from pipeline.batching import Tokens, Vectors, lengths_of
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
-from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_precision
+from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_here
 from pipeline.openvino_engine import Graph, GraphFacts, OpenVinoEngine, graph_folder, load_graph, save_graph, trace
 from pipeline.tokenizer import TextTokenizer
 from pipeline.unit_vectors import are_unit, mean_of_windows, why_none
-from pipeline.windows import document_tokens
+from pipeline.windows import Windowed, document_tokens
 
 if TYPE_CHECKING:
     from pipeline.torch_engine import TorchEngine
@@ -92,7 +92,7 @@ class Encoder:
         prompt = self.spec.query_prompt
         return self._whole(self.encode_tokens(self.tokenizer([prompt + text for text in texts]), prompt=prompt))
 
-    def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "", windows: Sequence[int] | None = None) -> Encoded:
+    def encode_tokens(self, tokens: Sequence[Tokens], *, prompt: str = "", windows: Windowed | None = None) -> Encoded:
         """Unit vectors of texts tokenized before with ``prompt``, in their order.
 
         ``windows``: of how many rows of ``tokens`` the vector of each text is the mean; default: of one. A text whose vector is
@@ -149,10 +149,14 @@ class Encoder:
                 best, best_rate = budget, rate
         self._engine.budget = min(best, self._engine.budget)
 
-    def cosine_to_exact(self, tokens: Sequence[Tokens], vectors: Vectors, *, prompt: str = "") -> npt.NDArray[np.float32]:
-        """Cosine of each vector to the one in FP32, (n,): the price of a precision, measured on these texts."""
-        prompt_tokens = self.tokenizer.prompt_tokens(prompt)
-        return cast(npt.NDArray[np.float32], (vectors * self._exact(tokens, prompt_tokens)).sum(axis=1))
+    def cosine_to_exact(
+        self, tokens: Sequence[Tokens], vectors: Vectors, *, prompt: str = "", windows: Windowed | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Cosine of each vector to the one in FP32, (n,): the price of a precision. Else as ``encode_tokens``."""
+        exact = self._exact(tokens, self.tokenizer.prompt_tokens(prompt))
+        if windows is not None:
+            exact, _ = mean_of_windows(exact, {}, np.asarray(windows))
+        return cast(npt.NDArray[np.float32], (vectors * exact).sum(axis=1))
 
     def _whole(self, encoded: Encoded) -> Vectors:
         for row, reason in encoded.failed.items():
@@ -263,11 +267,6 @@ def _check_spec(spec: EncoderSpec) -> ModelFolder:
     if found.fingerprint != spec.fingerprint:
         raise EncoderError(f"{spec.model}: this machine has {found}, the job was planned with {spec}; install the same model")
     return folder
-
-
-def resolve_here(precision: str, *, overflows: bool = False) -> str:
-    """``auto`` resolved for encoders on this machine."""
-    return resolve_precision(precision, on_gpu=on_gpu(), overflows=overflows)
 
 
 def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None) -> Encoder:

@@ -15,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.batching import Vectors
-from pipeline.encoder import Encoder, load_query_encoder, resolve_here
+from pipeline.encoder import Encoder, load_query_encoder
 from pipeline.errors import ConfigError, VecmillError
 from pipeline.model import EncoderSpec, find_model, resolve_spec
-from pipeline.numerics import on_gpu, resolve_backend
+from pipeline.numerics import on_gpu, resolve_backend, resolve_here
 from pipeline.tokenizer import TextTokenizer
 from pipeline.torch_engine import device_name, load_plain
 

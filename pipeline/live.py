@@ -194,8 +194,9 @@ def config_spec(config: Config, manifest: ArtifactManifest) -> EncoderSpec:
         raise ConfigError(
             f"{config.root}: artifact {manifest.version} was made with {manifest.encoder['model']}, max_tokens "
             f"{manifest.encoder['max_tokens']}, prompt {manifest.encoder['document_prompt']!r}, pooled windows of "
-            f"{manifest.encoder.get('window')}; the config's encoder ({spec.model}, {spec.max_tokens}, "
-            f"{spec.document_prompt!r}, {spec.window}) is another; run vecmill reindex or mend the config"
+            f"{manifest.encoder.get('window')} that share {manifest.encoder.get('overlap')}; the config's encoder "
+            f"({spec.model}, {spec.max_tokens}, {spec.document_prompt!r}, {spec.window} that share {spec.overlap}) is another; "
+            "run vecmill reindex or mend the config"
         )
     return spec
 

@@ -11,18 +11,27 @@ STATUS = Path("/proc/self/status")
 SAMPLE_S = 0.02
 LINE_BYTES = 1024
 M_MMAP_THRESHOLD = -3
-LARGE_BYTES = 1 << 20
+LARGE_BYTES, LARGEST_BYTES = 1 << 20, 1 << 25
 
 
 def give_back() -> None:
-    """Return what was freed to the system, where malloc keeps it (glibc): the next step does not come on top of it.
-
-    From now on large blocks are returned as they are freed; else malloc keeps the more, the larger they were.
-    """
-    libc = ctypes.CDLL(None)
-    if trim := getattr(libc, "malloc_trim", None):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+    """Return what was freed to the system, where malloc keeps it (glibc): the next step does not come on top of it."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+@contextlib.contextmanager
+def frugal_malloc() -> Iterator[None]:
+    """Large blocks are returned as they are freed (glibc); else malloc keeps the more, the larger they were.
+
+    Afterwards blocks of 32 MiB are, as after a while in any process.
+    """
+    limit = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    limit(M_MMAP_THRESHOLD, LARGE_BYTES)
+    try:
+        yield
+    finally:
+        limit(M_MMAP_THRESHOLD, LARGEST_BYTES)
 
 
 @dataclass

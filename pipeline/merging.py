@@ -22,7 +22,7 @@ from pipeline.job import Job
 from pipeline.key_merge import LIBRARY_BYTES, Counts, Sources, merge_rows
 from pipeline.lexical import write_lexical
 from pipeline.manifest import IndexPart, Merged, MergeRecord, TrainedManifest, to_bytes
-from pipeline.memory import give_back, peak_memory
+from pipeline.memory import frugal_malloc, give_back, peak_memory
 from pipeline.recall import Ordinals
 from pipeline.storage import Storage
 from pipeline.vectors import INT8, VECTORS, Vectors, open_vectors, write_int8
@@ -48,7 +48,7 @@ def merge(sources: Sources, version: str) -> MergeRecord:
     started = time.perf_counter()
     job, trained = sources.job, sources.trained
     give_back()
-    with scratch(job) as folder, _frugal_arrow(), peak_memory() as peak:
+    with scratch(job) as folder, frugal_malloc(), _frugal_arrow(), peak_memory() as peak:
         codes = folder / "codes"
         counted = merge_rows(sources, folder / VECTORS, folder, codes)
         give_back()

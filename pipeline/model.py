@@ -20,8 +20,9 @@ OVERFLOWING = ("t5", "mt5", "umt5", "gemma3", "gemma3_text")
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Everything that changes a vector. ``space``: hash of model files, prompt, max tokens, dim. Precision, backend: resolved.
+    """Everything that changes a vector. Precision, backend: resolved.
 
+    ``space``: hash of model files, prompt, max tokens, dim, windows.
     ``query_model``: encodes the queries instead of ``model``; ``query_space`` is its own. ``window``: the vector of a document
     of more tokens is the mean of those of its windows, which share ``overlap`` (see windows); None: it is cut.
     """
@@ -78,7 +79,7 @@ class EncoderSpec:
 
 
 class EncoderRequest(TypedDict, total=False):
-    """Keys of the config's encoder section that say which vectors; what is None or missing, the model says itself."""
+    """What of a config says which vectors; what is None or missing, the model says itself."""
 
     model: str
     revision: str | None
@@ -165,7 +166,7 @@ def resolve_spec(
     if dim > folder.dim:
         raise ConfigError(f"encoder.dim: {dim}, but {model} has {folder.dim} dimensions; lower it")
     window, overlap = request.get("window"), request.get("overlap")
-    pooled = {} if window is None else {"window": min(window, limit), "overlap": overlap}
+    pooled = {} if window is None or folder.is_static else {"window": min(window, limit), "overlap": overlap}
     files = {"files": folder.files_hash} if dim == folder.dim else {"files": folder.files_hash, "dim": str(dim)}
     space = fingerprint(
         {

@@ -31,6 +31,11 @@ def resolve_precision(precision: str, *, on_gpu: bool, overflows: bool = False) 
     return precision
 
 
+def resolve_here(precision: str, *, overflows: bool = False) -> str:
+    """``auto`` resolved for encoders on this machine."""
+    return resolve_precision(precision, on_gpu=on_gpu(), overflows=overflows)
+
+
 def resolve_backend(backend: str, folder: ModelFolder, *, on_gpu: bool, precision: str) -> str:
     """``auto`` -> openvino for transformers on a CPU where it is installed, else torch.
 

@@ -160,9 +160,11 @@ def _late_interaction(path: Path, max_tokens: int | None, precision: str, *, tru
     from pipeline.late_interaction import LateInteraction
 
     model = torch_engine.load(str(path), torch_engine.device(), trust_remote_code=trusted, kind=MultiVectorEncoder)
+    own = model[0].document_length or UNLIMITED_TOKENS
+    limit = min(max_tokens or _limit(model, path), own)
     if max_tokens:
         model.max_seq_length = max_tokens
-    limit = max_tokens or _limit(model, path)
+        model[0].document_length = min(max_tokens, own)
     return Reranker(LateInteraction(model, limit, precision), limit, precision)
 
 

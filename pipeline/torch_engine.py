@@ -1,4 +1,4 @@
-"""A model on PyTorch: CUDA, and every CPU. With reranker.py the only torch and sentence-transformers door.
+"""A model on PyTorch: CUDA, and every CPU. With the re-rankers and the trainer the only torch door.
 
 Weights run in the precision of the spec without autocast; pooling and normalisation always run in FP32. On CUDA
 a batch is sent while the last one is computed, and vectors are fetched once per call, so that the GPU never waits.
@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.batching import Lengths, Tokens, Vectors, pad, run_within
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder
+from pipeline.traced import Whole, quantize_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_WIDTH_MULTIPLE = 8
@@ -95,9 +96,9 @@ class TorchEngine:
         ``int8``: with linear weights in int8; this engine is then spent.
         """
         if int8:
-            _quantize_linear(self._parts[0])
+            quantize_linear(self._parts[0])
         ids, mask = pad(example, self.pad_id)
-        return _Whole(self._parts, self._dim), (torch.from_numpy(ids), torch.from_numpy(mask))
+        return Whole(self._parts, self._dim), (torch.from_numpy(ids), torch.from_numpy(mask))
 
     def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
         shape = self._flat if self._static else self._packed if self._packs else self._rectangle
@@ -105,11 +106,10 @@ class TorchEngine:
         self.padded_tokens += features["input_ids"].numel()
         if prompt_tokens:
             features["prompt_length"] = prompt_tokens
-        first, *rest = self._parts
-        features = first(features)
+        features = self._parts[0](features)
         for name in {"token_embeddings", "sentence_embedding"} & features.keys():
             features[name] = features[name].float()
-        for module in rest:
+        for module in self._parts[1:]:
             features = module(features)
         return torch.nn.functional.normalize(features["sentence_embedding"][:, : self._dim].float(), dim=1)
 
@@ -141,48 +141,6 @@ class TorchEngine:
 
     def _send(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return send(array, self._device)
-
-
-class _Whole(torch.nn.Module):
-    """All modules of a model as one function, for tracing."""
-
-    def __init__(self, parts: Sequence[Any], dim: int) -> None:
-        super().__init__()
-        self.parts = torch.nn.ModuleList(parts)
-        self.dim = dim
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Vectors, (rows, dim), not normalised."""
-        features = {"input_ids": ids, "attention_mask": mask}
-        for module in self.parts:
-            features = module(features)
-        return features["sentence_embedding"][:, : self.dim]
-
-
-class _Int8Linear(torch.nn.Module):
-    """A linear layer whose weights are int8 with one scale per output: a runtime that knows the pattern multiplies in int8."""
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.data
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The same as the layer it stands for, but for rounding."""
-        weight = cast(torch.Tensor, self.weight)
-        return torch.nn.functional.linear(inputs, weight.to(torch.float32) * cast(torch.Tensor, self.scale), self.bias)
-
-
-def _quantize_linear(module: Any) -> None:
-    """Replace every linear layer below ``module`` by one with int8 weights, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.Linear):
-            setattr(module, name, _Int8Linear(child))
-        else:
-            _quantize_linear(child)
 
 
 def has_cuda() -> bool:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline import layout
 from pipeline.config import Config, StoreConfig
+from pipeline.config_what import PassagesConfig
 from pipeline.corpus import choose_files
 from pipeline.fingerprint import fingerprint
 from pipeline.listing import FileInfo, content_hash, list_files
@@ -37,6 +38,10 @@ class IngestUnit(BaseModel):
     slices: tuple[Slice, ...]
     limit: int | None = None
     before: tuple[str, ...] = ()
+
+
+ALWAYS_NAMED = ("long", "overlap")
+"""The other keys of ``passages`` decide the name of a unit only where they are not as they always were."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,11 @@ def limited(unit: IngestUnit, limit: int, config: Config, space: str) -> IngestU
 
 def reading(config: Config, space: str) -> dict[str, Any]:
     """What decides how files become passages, whatever the files: the part of a unit's name that all units share."""
+    passages, plain = config.passages.model_dump(mode="json"), PassagesConfig().model_dump(mode="json")
     return {
         "corpus": config.corpus.model_dump(include={"uri", "id", "text", "title", "metadata"}, mode="json"),
         "skips": config.corpus.on_error == "skip_file",
-        "passages": config.passages.model_dump(mode="json"),
+        "passages": {key: value for key, value in passages.items() if key in ALWAYS_NAMED or value != plain[key]},
         "space": space,
     }
 

@@ -18,6 +18,7 @@ from pipeline.model import ModelFolder
 from pipeline.numerics import on_gpu, resolve_precision
 from pipeline.planning import Plan, sample_texts
 from pipeline.tokenizer import TextTokenizer
+from pipeline.windows import document_tokens
 
 CARDS = {"T4": 65, "A10G": 70, "L4": 121, "A10": 125, "A100": 312, "L40S": 362, "H100": 989, "H200": 989}
 """Dense FP16 peak of the tensor cores, TFLOP/s: NVIDIA's data sheets, whose figures with sparsity are halved. H100: SXM."""
@@ -66,7 +67,7 @@ def what_if(encoders: Mapping[str, int], plan: Plan, job: Job) -> WhatIf:
     shares, most = CPU_SHARE, {CPU: plan.tokens_per_s}
     source = f"{plan.tokens_per_s:,.0f} tokens/s of an encoder here, by {plan.rate_source}"
     if CPU not in encoders:
-        flops = flops_per_token(job.model, plan.tokens / max(1, plan.passages))
+        flops = flops_per_token(job.model, min(plan.tokens / max(1, plan.passages), job.spec.window or job.spec.max_tokens))
         shares, most = utilisation(job.model.dim), {name: CARDS[name] * 1e12 / flops for name in encoders}
         peaks = ", ".join(f"{name} {CARDS[name]} TFLOP/s" for name in encoders)
         source = f"the dense FP16 peak that the vendor states ({peaks}), at {flops / 1e6:,.1f} MFLOP per token"
@@ -100,10 +101,10 @@ def tokenizer_rate(job: Job) -> Rate:
     """Tokens per second of one core of a tokenizer: by the newest embedding records, else a sample is tokenized."""
     if learned := learned_rate(job, None, "tokenize"):
         return learned
-    texts = [job.spec.document_prompt + text for text in sample_texts(job)]
+    texts = sample_texts(job)
     tokenizer = TextTokenizer(job.model, job.spec.max_tokens, job.spec.prompts)
     started = time.process_time()  # of all threads: the tokenizer has its own
-    tokens = sum(len(ids) for ids in tokenizer(texts))
+    tokens = sum(len(ids) for ids in document_tokens(tokenizer, job.spec, texts)[0])
     return Rate(tokens / (time.process_time() - started), f"{len(texts)} passages tokenized just now")
 
 

@@ -8,6 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.batching import Tokens
 from pipeline.errors import ConfigError
 from pipeline.model import EncoderSpec
@@ -17,6 +20,8 @@ SEGMENT_CHARS = 1 << 16
 """Longer texts are tokenized in segments of about this size, so that memory does not follow the document."""
 WHITE_SPACE = re.compile(r"\s")
 MIN_ROOM = 8
+Windowed = Sequence[int] | npt.NDArray[np.int32]
+"""(n,): how many rows of tokens each text has."""
 DEFAULT_OVERLAP = 32
 
 
@@ -44,9 +49,8 @@ class Windows:
         prompt_tokens = max(0, tokenizer.prompt_tokens(prompt) - (tokenizer.special_tokens + 1) // 2)
         self._room = tokens - tokenizer.special_tokens - prompt_tokens
         if self._room < MIN_ROOM:
-            raise ConfigError(
-                f"encoder.document_prompt: leaves {self._room} tokens for the text; shorten it or raise encoder.max_tokens"
-            )
+            limit = "passages.tokens" if tokens < tokenizer.max_tokens else "encoder.max_tokens"
+            raise ConfigError(f"encoder.document_prompt: leaves {self._room} tokens for the text; shorten it or raise {limit}")
         self._overlap = min(DEFAULT_OVERLAP, self._room // 4) if overlap is None else overlap
         if self._overlap > self._room // 2:
             raise ConfigError(
@@ -64,7 +68,8 @@ class Windows:
             windows.append(window)
             if end == len(spans):
                 break
-            first = max(first + 1, _previous_word(is_word_start, end - self._overlap, floor=first + 1))
+            again = _previous_word(is_word_start, end - self._overlap, floor=first + 1) if self._overlap else end
+            first = max(first + 1, again)
         return windows
 
     def tokens(self, texts: Sequence[str]) -> tuple[list[Tokens], list[int]]:

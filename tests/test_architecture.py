@@ -15,7 +15,7 @@ DOORS = {
     "uvicorn": {"jobs/serve"},
     "prometheus_client": {"exposition"},
     "faiss": {"index", "index_parts", "clustering"},
-    "torch": {"torch_engine", "reranker", "cross_encoder", "training/trainer"},
+    "torch": {"torch_engine", "traced", "reranker", "cross_encoder", "training/trainer"},
     "datasets": {"training/trainer"},
     "openvino": {"openvino_engine"},
     "sentence_transformers": {"torch_engine", "encoder_bench", "reranker", "training/trainer"},
@@ -39,7 +39,17 @@ SIDE_DOORS = {("ray", "jobs/submit.py")}
 ENCODER_NEEDS = {
     f"pipeline.{name}"
     for name in (
-        *("encoder", "encoder_bench", "torch_engine", "openvino_engine", "batching", "tokenizer", "windows", "unit_vectors"),
+        *(
+            "encoder",
+            "encoder_bench",
+            "torch_engine",
+            "openvino_engine",
+            "batching",
+            "tokenizer",
+            "windows",
+            "unit_vectors",
+            "traced",
+        ),
         *("model", "model_files", "numerics", "errors", "fingerprint"),
     )
 }

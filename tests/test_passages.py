@@ -59,6 +59,16 @@ def test_windows_are_as_short_as_the_config_says(tokenizer):
         splitter(tokenizer, tokens=65)
 
 
+@pytest.mark.parametrize(
+    "text", ["数学" * 300, "https://example.org/" + "a1-b2/" * 200, " ".join(f"word{n}" for n in range(200))]
+)
+def test_windows_without_overlap_share_nothing(tokenizer, text):
+    passages = splitter(tokenizer, tokens=32, overlap=0)([text])[0]
+    assert len(passages) > 5
+    assert all(before.end <= after.start for before, after in pairwise(passages))
+    assert "".join(passage.text for passage in passages).replace(" ", "") == text.replace(" ", "")
+
+
 def test_a_document_of_pooled_windows_is_one_passage_of_all_their_tokens(tokenizer):
     text = " ".join(f"word{number}" for number in range(100))
     windows = splitter(tokenizer, tokens=32)([text])[0]

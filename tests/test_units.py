@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.job import plan_job
 from pipeline.run import reindex
-from pipeline.units import follow, identify_files, plan_units
+from pipeline.units import follow, identify_files, plan_units, reading
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 
@@ -40,3 +40,11 @@ def test_a_changed_export_follows_the_units_that_read_it_and_gives_what_a_new_ro
     assert second.snapshot.counts == fresh.snapshot.counts
     assert passages(tmp_path / "root", [new]) == passages(tmp_path / "fresh", [new])
     assert len(passages(tmp_path / "fresh", [new])) == second.snapshot.counts["passages"] > 62
+
+
+def test_keys_that_are_as_they_always_were_do_not_name_a_unit(tmp_path):
+    """A root made before the key was there is not read anew."""
+    config = make_config(tmp_path / "root", tmp_path / "c")
+    assert reading(config, "space")["passages"] == {"long": "split", "overlap": None}
+    shorter = make_config(tmp_path / "root", tmp_path / "c", passages={"tokens": 64, "pool": "mean"})
+    assert reading(shorter, "space")["passages"] == {"long": "split", "overlap": None, "tokens": 64, "pool": "mean"}

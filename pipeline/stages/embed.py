@@ -10,11 +10,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import ray.data
 
 from pipeline import retries
-from pipeline.batching import lengths_of
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
     MAX_UNIT_PASSAGES,
@@ -23,7 +21,6 @@ from pipeline.embeddings import (
     put_embeddings,
     quarantined_keys,
     stored_keys,
-    tokenize_unit,
 )
 from pipeline.errors import VecmillError
 from pipeline.forecast import Ahead, put_forecast
@@ -37,6 +34,7 @@ from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
 from pipeline.storage import Storage
+from pipeline.tokenized import TokenizedUnit, tokenize_unit
 from pipeline.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -44,8 +42,8 @@ if TYPE_CHECKING:
 
 MIN_UNIT_PASSAGES = 512
 UNITS_PER_ENCODER = 8
-UNIT_PASSAGE_TOKENS = 256
-"""Of passages on average up to which a unit has as many as it may."""
+POOLED_TOKENS = 1024
+"""Of a document of pooled windows, on average, up to which a unit has as many as it may."""
 CALIBRATED_PASSAGES = 20_000
 """With fewer to encode, finding the best batch budget takes longer than it saves."""
 CHECKED_TEXTS = 16
@@ -68,7 +66,9 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     folder, records = job.embedding_folder, job.embedding_records()
     known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
     passages = sum(len(keys) for _, keys, _ in keyed)
-    units = plan_embedding(keyed, known, unit_passages(job.config.compute, cluster, passages, snapshot.counts["tokens"]))
+    units = plan_embedding(
+        keyed, known, unit_passages(job.config.compute, cluster, passages, snapshot.counts["tokens"] if job.spec.window else 0)
+    )
     total = sum(unit.passages for unit in units)
     machine = machine_name(cluster.threads(job.config.compute)) if cluster.nodes == 1 else None
     document_bytes = sum(part.file.size_bytes for part in found)
@@ -84,12 +84,12 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     return total
 
 
-def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int, tokens: int) -> int:
+def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int, pooled_tokens: int) -> int:
     """Passages per embedding shard: as configured, else so that each encoder gets several units, within bounds.
 
-    The longer they are, ``tokens`` in all, the fewer are a unit: it is some seconds of work.
+    The more windows they are the means of, of ``pooled_tokens`` in all, the fewer: a unit's tokens are in memory.
     """
-    length = max(1.0, tokens / max(1, passages) / UNIT_PASSAGE_TOKENS)
+    length = max(1.0, pooled_tokens / max(1, passages) / POOLED_TOKENS)
     largest = max(1, int(MAX_UNIT_PASSAGES["gpu" if cluster.gpus_per_encoder(compute) else "cpu"] / length))
     share = -(-passages // (UNITS_PER_ENCODER * cluster.encoders(compute)))
     return compute.unit_passages or min(largest, max(MIN_UNIT_PASSAGES, share))
@@ -144,47 +144,31 @@ def _rescue(job: Job, cluster: Cluster, units: list[EmbedUnit], done: list[Recor
             if unit.name not in finished:
                 job.say(Event("embed", f"unit {unit.name} is encoded apart: its process died, or its work failed"))
                 row = run_one(_tokenize_row, {"unit": unit.model_dump_json()}, job.spec, job.storage, cpus=TOKENIZER_CPUS)
-                encoded, draft = _encode_in_pieces(encoder, row, job.spec.dim, most)
-                keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
-                records.append(
-                    put_embeddings(job.embeddings, job.embedding_folder, keys, encoded.vectors, encoded.failed, draft)
-                )
+                tokenized = TokenizedUnit.of(row)
+                encoded, draft = _encode_in_pieces(encoder, tokenized, job.spec.dim, most)
+                where = (job.embeddings, job.embedding_folder, tokenized.keys)
+                records.append(put_embeddings(*where, encoded.vectors, encoded.failed, draft))
                 metering.embedded(records[-1], encoded.failed.values())
     finally:
         encoder.close()
     return records
 
 
-def _encode_in_pieces(actor: Mortal, row: dict[str, Any], dim: int, most: int) -> tuple["Encoded", Record]:
+def _encode_in_pieces(actor: Mortal, unit: TokenizedUnit, dim: int, most: int) -> tuple["Encoded", Record]:
     """What ``EncoderActor.encode`` gives for the whole unit; passages that kill their process are among the failed."""
     from pipeline.encoder import Encoded
 
     started = time.perf_counter()
-    tokens, windows = _tokens_of(row)
-    borders = np.concatenate([[0], np.cumsum(windows)])
-    found = Encoded(np.full((len(windows), dim), np.nan, dtype=np.float32))
-
-    def attempt(piece: range) -> Any:
-        part = tokens[borders[piece.start] : borders[piece.stop]]
-        arrays = {"ids": np.concatenate(part), "lengths": lengths_of(part).astype(np.int32)}
-        arrays["windows"] = windows[piece.start : piece.stop]
-        return actor.ask("encode", row | {name: array.tobytes() for name, array in arrays.items()})
-
-    for piece, answer in in_pieces(len(windows), attempt, most):
+    found = Encoded(np.full((len(unit.keys), dim), np.nan, dtype=np.float32))
+    pieces = in_pieces(len(unit.keys), lambda piece: actor.ask("encode", unit.piece(piece).as_row()), most)
+    for piece, answer in pieces:
         if answer is None:
-            lost = lengths_of(tokens[borders[piece.start] : borders[piece.stop]])
-            found.failed[piece.start] = CRASHED.format(lost.sum(), DEATHS)
+            found.failed[piece.start] = CRASHED.format(len(unit.piece(piece).ids), DEATHS)
         else:
             found = _joined(found, answer[0], piece)
     counts = {"tokens": found.tokens, "padded_tokens": found.padded_tokens, "rescued": found.rescued}
-    timings = row["timings"] | {"encode": time.perf_counter() - started, "waiting": 0.0}
-    return found, Record(unit=row["name"], files=(), counts=counts, timings_s=timings)
-
-
-def _tokens_of(row: dict[str, Any]) -> tuple[list[npt.NDArray[np.int32]], npt.NDArray[np.int32]]:
-    """Token ids of a tokenized unit, and how many rows of them each passage has."""
-    ids, lengths, windows = (np.frombuffer(row[name], dtype=np.int32) for name in ("ids", "lengths", "windows"))
-    return np.split(ids, np.cumsum(lengths)[:-1]), windows
+    timings = unit.timings_s | {"encode": time.perf_counter() - started, "waiting": 0.0}
+    return found, Record(unit=unit.name, files=(), counts=counts, timings_s=timings)
 
 
 def _joined(found: "Encoded", encoded: "Encoded", piece: range) -> "Encoded":
@@ -213,8 +197,7 @@ def _summary(records: list[Record]) -> str:
 def _tokenize_row(row: dict[str, Any], spec: EncoderSpec, storage: Storage) -> dict[str, Any]:
     unit = EmbedUnit.model_validate_json(row["unit"])
     tokenized = tokenize_unit(unit, storage, _tokenizer(spec), spec)
-    arrays = {name: getattr(tokenized, name).tobytes() for name in ("keys", "ids", "lengths", "windows")}
-    return {"name": unit.name, "timings": tokenized.timings_s, "retries": retries.taken(), **arrays}
+    return {**tokenized.as_row(), "retries": retries.taken()}
 
 
 @lru_cache(maxsize=2)
@@ -256,14 +239,13 @@ class EncoderActor:
         encoder = self._encoder
         if isinstance(encoder, VecmillError):
             raise encoder
-        tokens, windows = _tokens_of(row)
         with self._alone:
-            return self._encode(encoder, tokens, windows, Record(unit=row["name"], files=(), timings_s=row["timings"]))
+            return self._encode(encoder, TokenizedUnit.of(row))
 
-    def _encode(self, encoder: "Encoder", tokens: list[Any], windows: Any, draft: Record) -> tuple["Encoded", Record]:
+    def _encode(self, encoder: "Encoder", unit: TokenizedUnit) -> tuple["Encoded", Record]:
         prompt = encoder.spec.document_prompt
         started = time.perf_counter()
-        encoded = encoder.encode_tokens(tokens, prompt=prompt, windows=windows)
+        encoded = encoder.encode_tokens(unit.tokens, prompt=prompt, windows=unit.windows)
         timings = {"waiting": started - self._idle_since, "encode": time.perf_counter() - started}
         rates = {}
         if encoder.flops_per_token:
@@ -271,14 +253,16 @@ class EncoderActor:
             rates["mfu"] = encoded.tokens * encoder.flops_per_token / timings["encode"] / self._peak
         if encoder.spec.precision == "int8":
             began = time.perf_counter()
-            first = np.cumsum(windows) - windows
-            whole = [row for row in np.flatnonzero(windows == 1).tolist() if row not in encoded.failed]
-            checked = whole[:: max(1, -(-len(whole) // CHECKED_TEXTS))]
-            cosine = encoder.cosine_to_exact([tokens[first[row]] for row in checked], encoded.vectors[checked], prompt=prompt)
-            rates |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())} if checked else {}
+            checked = [
+                row for row in range(0, len(unit.keys), -(-len(unit.keys) // CHECKED_TEXTS)) if row not in encoded.failed
+            ]
+            if checked:
+                some = unit.piece(checked)
+                cosine = encoder.cosine_to_exact(some.tokens, encoded.vectors[checked], prompt=prompt, windows=some.windows)
+                rates |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
             timings["check"] = time.perf_counter() - began
         self._idle_since = time.perf_counter()
         counts = {"tokens": encoded.tokens, "padded_tokens": encoded.padded_tokens, "rescued": encoded.rescued}
         counts["batch_tokens"] = encoder.batch_tokens
-        update = {"counts": counts, "timings_s": draft.timings_s | timings, "rates": rates, "machine": self._machine}
-        return encoded, draft.model_copy(update=update)
+        timings = unit.timings_s | timings
+        return encoded, Record(unit=unit.name, files=(), counts=counts, timings_s=timings, rates=rates, machine=self._machine)

@@ -1,4 +1,4 @@
-"""What a cross-encoder thinks of training pairs, for a bi-encoder to learn (MarginMSE, arXiv 2010.02666)."""
+"""What a re-ranker thinks of training pairs, for a bi-encoder to learn (MarginMSE, arXiv 2010.02666)."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
 from pipeline.model import max_positions, resolve_spec
-from pipeline.model_files import check_weights, hash_files, locate
+from pipeline.model_files import check_weights, hash_files, locate, read_json
 from pipeline.storage import Storage
 from pipeline.training.pairs import Pair
 
@@ -96,11 +96,12 @@ def plan_training(
         raise ConfigError("encoder.query_model: pairs train one model for both sides; train without it")
     if not all(1 <= dim <= spec.dim for dim in recipe.dims):
         raise ConfigError(f"dims: {recipe.dims}, but {spec.model} has {spec.dim} dimensions; give fewer, from 1 on")
-    if folder.is_static and (kind in ("reranker", "late") or recipe.max_tokens):
-        raise ConfigError(f"{spec.model}: a bag of token vectors has no limit of tokens and makes no re-ranker")
+    prompts, is_static = _prompts_and_static(model, path) if model else (spec.prompts, folder.is_static)
+    if is_static and (kind in ("reranker", "late") or recipe.max_tokens):
+        raise ConfigError(f"{path}: a bag of token vectors has no limit of tokens and makes no re-ranker")
     if recipe.max_tokens and recipe.max_tokens > (positions := max_positions(path)):
         raise ConfigError(f"max_tokens: {recipe.max_tokens}, but {path} has {positions} positions; lower it")
-    if kind != "encoder" and not any(pair.negatives for pair in pairs):
+    if kind in ("reranker", "distilled") and not any(pair.negatives for pair in pairs):
         raise ConfigError("pairs: none has a negative; vecmill mine finds some")
     return Training(
         kind,
@@ -110,9 +111,18 @@ def plan_training(
         pairs,
         recipe,
         out.absolute(),
-        prompts=spec.prompts,
+        prompts=prompts,
         trust_remote_code=spec.trust_remote_code and model is None,
     )
+
+
+def _prompts_and_static(model: str, path: Path) -> tuple[tuple[str, str], bool]:
+    """Of an encoder that a re-ranker is made of; a re-ranker has its prompts itself."""
+    named = read_json(path / "config_sentence_transformers.json", missing={}).get("model_type", "SentenceTransformer")
+    if named != "SentenceTransformer" or not (path / "modules.json").is_file():
+        return ("", ""), False
+    spec, folder = resolve_spec(model=model)
+    return spec.prompts, folder.is_static
 
 
 @dataclass(frozen=True)

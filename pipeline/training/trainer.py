@@ -163,7 +163,10 @@ def _late_interaction(training: Training) -> Any:
     )
     prompts = {name: model.prompts.get(name) or "" for name in PROMPT_NAMES}
     arguments = MultiVectorEncoderTrainingArguments(
-        **_arguments(training, len(rows)), batch_sampler="no_duplicates", prompts=_by_column(rows, prompts)
+        **_arguments(training, len(rows)),
+        batch_sampler="no_duplicates",
+        prompts=_by_column(rows, prompts),
+        max_length=training.recipe.max_tokens,
     )
     _on_one_device(arguments)
     return MultiVectorEncoderTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss)

@@ -35,10 +35,10 @@ import torch
 from jobs.demo import QUERIES
 from jobs.demo_corpus import docstrings
 from pipeline.batching import pad
-from pipeline.encoder import Encoder, load_query_encoder, resolve_here
+from pipeline.encoder import Encoder, load_query_encoder
 from pipeline.encoder_bench import interleave, query_latency
 from pipeline.model import find_model, resolve_spec
-from pipeline.numerics import resolve_backend
+from pipeline.numerics import resolve_backend, resolve_here
 from pipeline.torch_engine import TorchEngine, load_plain, matmul_rate
 from tests.benchmarks.spine import machine
 from tests.conftest import MINILM, SHARED_DATA, write_jsonl

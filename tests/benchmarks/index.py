@@ -79,9 +79,9 @@ class Corpus:
 
 
 def vectors_of(name: str) -> Any:
-    from pipeline.encoder import Encoder, resolve_here
+    from pipeline.encoder import Encoder
     from pipeline.model import find_model, resolve_spec
-    from pipeline.numerics import resolve_backend
+    from pipeline.numerics import resolve_backend, resolve_here
 
     folder = Path(sys.argv[1])
     file = folder / f"{name}.npy"

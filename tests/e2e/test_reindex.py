@@ -281,7 +281,7 @@ def test_the_mean_of_a_documents_windows_is_its_one_vector(tmp_path):
     assert load_query_encoder(opened.spec).encode_documents([rows[0]["text"]])[0] @ found > 0.999
     assert np.allclose(opened.partition.vector_of("d1", 0), windows.vector_of("d1", 0), atol=1e-3)
     assert search(pooled, "sea hill wood", 6)[0].doc_id == "long"
-    with pytest.raises(ConfigError, match=r"pooled windows of 64; the config's encoder .* None"):
+    with pytest.raises(ConfigError, match=r"pooled windows of 64 that share 8; the config's encoder .* None"):
         open_live(make_config(tmp_path / "pooled", tmp_path / "a.jsonl", passages={"tokens": 64, "overlap": 8}))
 
 

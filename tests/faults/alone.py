@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from pipeline import report, run
-from pipeline.embeddings import put_embeddings, tokenize_unit
+from pipeline.embeddings import put_embeddings
 from pipeline.manifest import Record
 from pipeline.stages import embed, index, ingest
 from pipeline.stages.cluster import Cluster
+from pipeline.tokenized import tokenize_unit
+from pipeline.unit_vectors import mean_of_windows
 
 
 @pytest.fixture
@@ -49,8 +51,8 @@ def _embed(job, _cluster, units, _total):
 
 def _embed_unit(job, unit):
     tokenized = tokenize_unit(unit, job.storage, embed._tokenizer(job.spec), job.spec)
-    texts = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
-    vectors = np.stack([_vector(text.tobytes(), job.spec.dim) for text in texts])
+    vectors = np.stack([_vector(text.tobytes(), job.spec.dim) for text in tokenized.tokens])
+    vectors, _ = mean_of_windows(vectors, {}, tokenized.windows)
     counts = {"tokens": len(tokenized.ids), "padded_tokens": len(tokenized.ids), "rescued": 0}
     draft = Record(unit=unit.name, files=(), counts=counts, timings_s={"encode": 1.0, "waiting": 0.0})
     return put_embeddings(job.embeddings, job.embedding_folder, tokenized.keys, vectors, {}, draft)

@@ -56,19 +56,19 @@ class DeadlyReader(ingest.UnitReader):
 class KillsAtPoison(EncoderActor):
     """Dies whenever a text has the word POISON in it."""
 
-    def _encode(self, encoder, tokens, draft):
+    def _encode(self, encoder, unit):
         word = encoder.tokenizer([POISON])[0][1]
-        if any(word in text for text in tokens):
+        if any(word in text for text in unit.tokens):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._encode(encoder, tokens, draft)
+        return super()._encode(encoder, unit)
 
 
 class KillsOnce(EncoderActor):
     """Dies in its first unit, the first time that any does."""
 
-    def _encode(self, encoder, tokens, draft):
+    def _encode(self, encoder, unit):
         mark = Path(self._storage.uri).parent / "killed"
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._encode(encoder, tokens, draft)
+        return super()._encode(encoder, unit)
