@@ -43,15 +43,14 @@ from pipeline.errors import ConfigError
 from pipeline.job import Event, Meter, Say
 from pipeline.numerics import native_bf16
 from pipeline.reranker import is_multi_vector
-from pipeline.training.pairs import Pair
-from pipeline.training.recipe import Recipe, Trained, Training, begin, check_batch, finished, last_checkpoint, write_log
+from pipeline.training.recipe import Trained, Training, begin, check_batch, finished, last_checkpoint, write_log
+from pipeline.training.rows import contrastive_rows, distilled_rows, with_negatives
 
 MINI_BATCH = 16
 """Texts whose activations are held at once by the contrastive loss: it changes memory and nothing else."""
 CHECKPOINTS, CHECKPOINT_STEPS = 10, 20
 """Per training, but no more often than every so many steps; the last two are kept."""
 PROMPT_NAMES = ("document", "query")
-SHOWN_CHARS = 60
 WORKERS = "WORLD_SIZE"
 """Number of processes that train together, as torch.distributed is told it."""
 
@@ -121,7 +120,7 @@ def _encoder(training: Training) -> Any:
     model.prompts = model.prompts | prompts  # an empty one too: it is what search must use
     recipe = training.recipe
     is_taught = training.kind == "distilled"
-    rows = _distilled_rows(training.pairs) if is_taught else _rows(training.pairs, recipe)
+    rows = distilled_rows(training.pairs) if is_taught else contrastive_rows(training.pairs, recipe)
     loss: Any
     if is_taught:
         loss = MarginMSELoss(model, similarity_fct=_scaled(_scale(model, rows, prompts)))
@@ -157,7 +156,7 @@ def _late_interaction(training: Training) -> Any:
         model = MultiVectorEncoder(modules=[transformer, MultiVectorMask(), normalize], device=str(torch_engine.device()))
         model.prompts = dict(zip(PROMPT_NAMES, training.prompts, strict=True))
         model.model_card_data.generate_widget_examples = False
-    rows = _rows(training.pairs, training.recipe)
+    rows = contrastive_rows(training.pairs, training.recipe)
     loss = CachedMultiVectorMultipleNegativesRankingLoss(
         model, mini_batch_size=MINI_BATCH, gather_across_devices=_workers() > 1
     )
@@ -177,7 +176,7 @@ def _reranker(training: Training) -> Any:
     model = _load(training, CrossEncoder)
     rows = [
         {"query": pair.query, "texts": [pair.positive, *negatives], "labels": [1.0] + [0.0] * len(negatives)}
-        for pair, negatives in _with_negatives(training.pairs, recipe)
+        for pair, negatives in with_negatives(training.pairs, recipe)
     ]
     arguments = CrossEncoderTrainingArguments(**_arguments(training, len(rows)))
     _on_one_device(arguments)
@@ -236,51 +235,6 @@ def _on_one_device(arguments: Any) -> None:
     """Keep a process that sees several GPUs to its own: data parallelism would multiply the batch by them."""
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1
-
-
-def _rows(pairs: Sequence[Pair], recipe: Recipe) -> list[dict[str, Any]]:
-    """Columns query, positive, negative_0 and on, as the contrastive loss takes them."""
-    if not any(pair.negatives for pair in pairs) or not recipe.negatives:
-        return [{"query": pair.query, "positive": pair.positive} for pair in pairs]
-    return [
-        {"query": pair.query, "positive": pair.positive} | {f"negative_{number}": text for number, text in enumerate(negatives)}
-        for pair, negatives in _with_negatives(pairs, recipe)
-    ]
-
-
-def _with_negatives(pairs: Sequence[Pair], recipe: Recipe) -> list[tuple[Pair, list[str]]]:
-    """Each pair with as many negatives as any has, at most ``recipe.negatives``: what one lacks is any other text."""
-    count = min(recipe.negatives, max(len(pair.negatives) for pair in pairs))
-    rng = np.random.default_rng(recipe.seed)
-    every = sorted({text for pair in pairs for text in (pair.positive, *pair.negatives)})
-    answers: dict[str, set[str]] = {}
-    for pair in pairs:
-        answers.setdefault(pair.query, set()).add(pair.positive)
-    filled = []
-    for pair in pairs:
-        own = list(pair.negatives[:count])
-        taken = {*own, *answers[pair.query]}
-        if len(every) - len(taken) < count - len(own):
-            raise ConfigError(f"pairs: too few texts for {count} negatives of {pair.query[:SHOWN_CHARS]!r}; use fewer")
-        while len(own) < count:
-            text = every[int(rng.integers(len(every)))]
-            if text not in taken:
-                own.append(text)
-                taken.add(text)
-        filled.append((pair, own))
-    return filled
-
-
-def _distilled_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """One row for each negative of each pair, labelled with how much better the teacher finds the answer."""
-    rows = [
-        {"query": pair.query, "positive": pair.positive, "negative": negative, "label": pair.scores[0] - score}
-        for pair in pairs
-        for negative, score in zip(pair.negatives, pair.scores[1:], strict=bool(pair.scores))
-    ]
-    if not rows or len({row["label"] for row in rows}) == 1:
-        raise ConfigError("pairs: no scores of a teacher that tell answers and negatives apart")
-    return rows
 
 
 def _scale(model: Any, rows: Sequence[dict[str, Any]], prompts: dict[str, str]) -> float:

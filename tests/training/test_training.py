@@ -22,7 +22,8 @@ from pipeline.training.distillation import taught
 from pipeline.training.mining import Mining, judged_pairs, mine
 from pipeline.training.pairs import Pair, read_pairs, write_pairs
 from pipeline.training.recipe import LOG, Recipe, plan_training
-from pipeline.training.trainer import _with_negatives, train
+from pipeline.training.rows import with_negatives
+from pipeline.training.trainer import train
 from tests.conftest import MINILM, TOPICS, make_config, save_first_layer, sentences, start_ray, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -140,7 +141,8 @@ from pathlib import Path
 from pipeline.config_file import parse_config
 from pipeline.training.pairs import read_pairs
 from pipeline.training.recipe import Recipe, plan_training
-from pipeline.training.trainer import _with_negatives, train
+from pipeline.training.rows import with_negatives
+from pipeline.training.trainer import train
 config = parse_config(json.loads(sys.argv[1]))
 recipe = Recipe(epochs=24, batch=8, learning_rate=5e-5, max_tokens=32)
 train(plan_training("encoder", config, read_pairs(sys.argv[2], config), recipe, Path(sys.argv[3])))
@@ -242,8 +244,8 @@ def test_training_without_negatives_or_scores_says_so(root, pairs, tmp_path):
 def test_pairs_lacking_negatives_get_other_texts_and_never_their_own_answers(root, tmp_path):
     few = [Pair("one", "a", ("b",)), Pair("two", "b", ())]
     with pytest.raises(ConfigError, match="too few texts for 1 negatives of 'two'"):
-        _with_negatives([*few, Pair("two", "a", ())], RECIPE)
-    filled = _with_negatives([*few, Pair("three", "c", ())], replace(RECIPE, negatives=1))
+        with_negatives([*few, Pair("two", "a", ())], RECIPE)
+    filled = with_negatives([*few, Pair("three", "c", ())], replace(RECIPE, negatives=1))
     assert filled[0][1] == ["b"]
     for pair, negatives in filled:
         assert len(negatives) == 1 and pair.positive not in negatives
