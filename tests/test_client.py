@@ -123,5 +123,5 @@ def test_the_best_are_ordered_by_the_cross_encoder(root, tmp_path, minilm):
     hurried = search.model_copy(update={"rerank_ms": 1e-6})
     (unscored,) = open_root(rich.model_copy(update={"search": hurried})).texts([query], 8, rerank=True)
     assert [text.text for text in unscored] == [text.text for text in before]
-    with pytest.raises(ConfigError, match=r"no cross-encoder; set search\.reranker"):
+    with pytest.raises(ConfigError, match=r"no re-ranker; set search\.reranker"):
         open_root(rich).search(query, rerank=True)

@@ -237,7 +237,7 @@ def test_training_without_negatives_or_scores_says_so(root, pairs, tmp_path):
     for kind in ("reranker", "distilled"):
         with pytest.raises(ConfigError, match="none has a negative"):
             train(plan_training(kind, root, bare, RECIPE, tmp_path / kind))
-    with pytest.raises(ConfigError, match="rerank: the config names no cross-encoder"):
+    with pytest.raises(ConfigError, match="rerank: the config names no re-ranker"):
         taught(pairs, root)
 
 
