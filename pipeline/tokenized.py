@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,8 @@ class TokenizedUnit:
 
     def as_row(self) -> dict[str, Any]:
         """Plain values and bytes."""
-        return {name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     @cached_property
     def tokens(self) -> list[npt.NDArray[np.int32]]:

@@ -13,7 +13,11 @@ def unit(windows):
 
 
 def test_a_unit_travels_as_bytes():
-    there = TokenizedUnit.of(unit([2, 1, 3]).as_row())
+    here = unit([2, 1, 3])
+    assert len(here.tokens) == len(ROWS)  # known by now, and no part of what travels
+    row = here.as_row()
+    assert {type(value) for value in row.values()} == {str, bytes, dict}
+    there = TokenizedUnit.of(row)
     assert [row.tolist() for row in there.tokens] == [row.tolist() for row in ROWS]
     assert (there.name, there.windows.tolist(), there.timings_s) == ("u", [2, 1, 3], {"read": 1.0})
     assert there.keys.tolist() == [b"key 0", b"key 1", b"key 2"]

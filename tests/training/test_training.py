@@ -141,7 +141,6 @@ from pathlib import Path
 from pipeline.config_file import parse_config
 from pipeline.training.pairs import read_pairs
 from pipeline.training.recipe import Recipe, plan_training
-from pipeline.training.rows import with_negatives
 from pipeline.training.trainer import train
 config = parse_config(json.loads(sys.argv[1]))
 recipe = Recipe(epochs=24, batch=8, learning_rate=5e-5, max_tokens=32)
