@@ -35,7 +35,7 @@ def compare(
     """Measure nDCG@10, MRR@10, recall@100, time and bytes of each, and how sure the differences to the first are."""
     from pipeline.comparison import compare as compare_artifacts
 
-    ranked = None if mode is None else one_of("--mode", mode, Mode)
+    ranked = one_of("--mode", mode, Mode)
     found = compare_artifacts(targets, queries, qrels, mode=ranked, rerank=rerank, overrides=tuple(overrides or ()))
     if as_json:
         print_json(found.model_dump())

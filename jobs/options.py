@@ -81,9 +81,9 @@ def duration(text: str) -> float:
     return float(number) * SECONDS[unit]
 
 
-def one_of(option: str, text: str, kinds: Any) -> Any:
-    """The text, which is one of a Literal's; raises ConfigError naming them where it is not."""
-    if text not in get_args(kinds):
+def one_of(option: str, text: str | None, kinds: Any) -> Any:
+    """The text, which is one of a Literal's, or None where none is given; raises ConfigError naming them where it is not."""
+    if text is not None and text not in get_args(kinds):
         raise ConfigError(f"{option} {text}: expected one of {', '.join(get_args(kinds))}")
     return text
 

@@ -47,10 +47,9 @@ def search(
     verbose: VerboseOption = False,
 ) -> None:
     """Search the live artifact: rank, score, document, text head, source."""
-    if mode is not None:
-        one_of("--mode", mode, Mode)
+    ranked = one_of("--mode", mode, Mode)
     asked = open_named(config, overrides, artifact)
-    how = {"mode": mode, "filter": only, "recall": recall, "latency_ms": _milliseconds(latency), "rerank": rerank}
+    how = {"mode": ranked, "filter": only, "recall": recall, "latency_ms": _milliseconds(latency), "rerank": rerank}
     hits = asked.search(query, k, **how)
     if as_json:
         print_json({"query": query, "artifact": asked.version, "hits": [asdict(hit) for hit in hits]})

@@ -42,13 +42,8 @@ class CrossEncoding:
         if self._has_types:
             arrays["token_type_ids"] = pad([pair.types for pair in batch], 0, multiple=self._multiple)[0]
         features = {name: torch_engine.send(array, self._model.device) for name, array in arrays.items()}
-        first, *rest = self._model.children()
-        features = first(features)
-        for name in {"token_embeddings", "sentence_embedding", "scores"} & features.keys():
-            features[name] = features[name].float()
-        for module in rest:
-            features = module(features)
-        return self._model.activation_fn(features["scores"]).squeeze(1)
+        scores = torch_engine.through(self._model.children(), features)["scores"]
+        return self._model.activation_fn(scores).squeeze(1)
 
     def _check_tokens(self, path: Path) -> bool:
         """Whether the model takes token types; raises ConfigError when it reads other tokens than the tokenizer here gives."""

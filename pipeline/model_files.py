@@ -17,6 +17,8 @@ IDENTITY_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".py"}
 FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
 COMMIT = re.compile("[0-9a-f]{40}")
 ENCODER_KEYS = ("encoder.model", "encoder.revision")
+ENCODER, CROSS_ENCODER, LATE_INTERACTION = "SentenceTransformer", "CrossEncoder", "MultiVectorEncoder"
+"""Kinds of models, by their classes in sentence-transformers."""
 
 
 def locate(model: str, revision: str | None, keys: tuple[str, str] = ENCODER_KEYS) -> Path:
@@ -55,6 +57,16 @@ def check_weights(path: Path) -> None:
     """Raise EncoderError unless a model folder has weights as safetensors."""
     if all(FOREIGN_FOLDERS & set(file.relative_to(path).parts) for file in path.rglob("*.safetensors")):
         raise EncoderError(f"{path}: no .safetensors weights; convert them (pickled weights can run code when loaded)")
+
+
+def kind_of(path: Path) -> str:
+    """What a model folder says that it is: one of the kinds above, or something else."""
+    if (path / "modules.json").is_file():
+        kind = read_json(path / "config_sentence_transformers.json", missing={}).get("model_type", ENCODER)
+    else:
+        named = read_json(path / "config.json", missing={}).get("architectures") or ["no config.json with architectures"]
+        kind = CROSS_ENCODER if named[0].endswith("ForSequenceClassification") else named[0]
+    return {"ColBERT": LATE_INTERACTION, "HF_ColBERT": LATE_INTERACTION}.get(kind, str(kind))
 
 
 def check_pinned(model: str, revision: str | None) -> None:

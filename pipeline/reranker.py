@@ -16,15 +16,13 @@ from pipeline.batching import Lengths, lengths_of, pack_batches, run_within
 from pipeline.encoder import BUDGETS
 from pipeline.errors import ConfigError
 from pipeline.model import UNLIMITED_TOKENS, max_positions, overflows
-from pipeline.model_files import check_code, check_pinned, check_weights, locate, read_json
+from pipeline.model_files import CROSS_ENCODER, LATE_INTERACTION, check_code, check_pinned, check_weights, kind_of, locate
 from pipeline.numerics import on_gpu, resolve_precision
 
 Scores = npt.NDArray[np.float32]
 """(n,), one per text, higher is better; NaN: not scored."""
 
 KEYS = ("search.reranker", "search.reranker_revision")
-CROSS_ENCODER, LATE_INTERACTION = "CrossEncoder", "MultiVectorEncoder"
-"""Kinds of models, by their classes in sentence-transformers."""
 MIN_TOKENS = 16
 FIRST_TEXTS, BLOCK_TEXTS = 4, 16
 """Texts that are scored between two looks at the clock; the first few tell the pace."""
@@ -122,6 +120,11 @@ def load_reranker(
     such as a sigmoid. Raises ConfigError for a model of no such kind or a cross-encoder of another number of outputs than one,
     EncoderError for one that cannot be loaded.
     """
+    import sentence_transformers
+
+    from pipeline import torch_engine
+    from pipeline.late_interaction import LateInteraction
+
     if trust_remote_code:
         check_pinned(model, revision)
     path = locate(model, revision, KEYS)
@@ -133,65 +136,36 @@ def load_reranker(
     if max_tokens is not None and not MIN_TOKENS <= max_tokens <= positions:
         raise ConfigError(f"{KEYS[0]}: {max_tokens} tokens for {model}, which has {positions} positions; at least {MIN_TOKENS}")
     precision = resolve_precision(precision, on_gpu=on_gpu(), overflows=overflows(path))
-    load = _cross_encoder if kind == CROSS_ENCODER else _late_interaction
-    return load(path, max_tokens, precision, trusted=trust_remote_code, activated=activated)
+    loaded = torch_engine.load(
+        str(path), torch_engine.device(), trust_remote_code=trust_remote_code, kind=getattr(sentence_transformers, kind)
+    )
+    limit = max_tokens or int(min(loaded.max_seq_length or UNLIMITED_TOKENS, positions))
+    if kind == CROSS_ENCODER:
+        return Reranker(_cross_encoding(loaded, path, limit, precision, activated=activated), limit, precision)
+    limit = min(limit, loaded[0].document_length or UNLIMITED_TOKENS)
+    if max_tokens:
+        loaded.max_seq_length, loaded[0].document_length = max_tokens, limit
+    return Reranker(LateInteraction(loaded, limit, precision), limit, precision)
 
 
-def _cross_encoder(path: Path, max_tokens: int | None, precision: str, *, trusted: bool, activated: bool) -> Reranker:
+def _cross_encoding(model: Any, path: Path, limit: int, precision: str, *, activated: bool) -> Scoring:
     import torch
-    from sentence_transformers import CrossEncoder
 
-    from pipeline import torch_engine
     from pipeline.cross_encoder import CrossEncoding
 
-    model = torch_engine.load(str(path), torch_engine.device(), trust_remote_code=trusted, kind=CrossEncoder)
     if model.num_labels != 1:
         raise ConfigError(f"{KEYS[0]}: {path}: found {model.num_labels} outputs, expected one; name another cross-encoder")
     if not activated:
         model.activation_fn = torch.nn.Identity()
-    limit = max_tokens or _limit(model, path)
-    return Reranker(CrossEncoding(model, path, limit, precision), limit, precision)
-
-
-def _late_interaction(path: Path, max_tokens: int | None, precision: str, *, trusted: bool, activated: bool) -> Reranker:
-    from sentence_transformers import MultiVectorEncoder
-
-    from pipeline import torch_engine
-    from pipeline.late_interaction import LateInteraction
-
-    model = torch_engine.load(str(path), torch_engine.device(), trust_remote_code=trusted, kind=MultiVectorEncoder)
-    own = model[0].document_length or UNLIMITED_TOKENS
-    limit = min(max_tokens or _limit(model, path), own)
-    if max_tokens:
-        model.max_seq_length = max_tokens
-        model[0].document_length = min(max_tokens, own)
-    return Reranker(LateInteraction(model, limit, precision), limit, precision)
-
-
-def _limit(model: Any, path: Path) -> int:
-    return int(min(model.max_seq_length or UNLIMITED_TOKENS, max_positions(path)))
-
-
-def is_multi_vector(path: Path) -> bool:
-    """Whether a model folder says that it is one of late interaction."""
-    return _said(path) == LATE_INTERACTION
+    return CrossEncoding(model, path, limit, precision)
 
 
 def _kind(path: Path) -> str:
     """What a folder says that it is; ConfigError for an encoder, which loaded as one of these would get a random last layer."""
-    kind = _said(path)
+    kind = kind_of(path)
     if kind not in (CROSS_ENCODER, LATE_INTERACTION):
         raise ConfigError(
             f"{KEYS[0]}: {path}: found {kind}, expected a {CROSS_ENCODER} with one output or a {LATE_INTERACTION}; name one, "
             "or make one with vecmill train-reranker"
         )
     return kind
-
-
-def _said(path: Path) -> str:
-    if (path / "modules.json").is_file():
-        kind = read_json(path / "config_sentence_transformers.json", missing={}).get("model_type", "SentenceTransformer")
-    else:
-        named = read_json(path / "config.json", missing={}).get("architectures") or ["no config.json with architectures"]
-        kind = CROSS_ENCODER if named[0].endswith("ForSequenceClassification") else named[0]
-    return {"ColBERT": LATE_INTERACTION, "HF_ColBERT": LATE_INTERACTION}.get(kind, str(kind))

@@ -6,7 +6,7 @@ a batch is sent while the last one is computed, and vectors are fetched once per
 
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -106,11 +106,7 @@ class TorchEngine:
         self.padded_tokens += features["input_ids"].numel()
         if prompt_tokens:
             features["prompt_length"] = prompt_tokens
-        features = self._parts[0](features)
-        for name in {"token_embeddings", "sentence_embedding"} & features.keys():
-            features[name] = features[name].float()
-        for module in self._parts[1:]:
-            features = module(features)
+        features = through(self._parts, features)
         return torch.nn.functional.normalize(features["sentence_embedding"][:, : self._dim].float(), dim=1)
 
     def _rectangle(self, batch: Sequence[Tokens]) -> dict[str, Any]:
@@ -162,6 +158,17 @@ def send(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """An array on a device; a GPU is not waited for."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def through(modules: Iterable[Any], features: dict[str, Any]) -> dict[str, Any]:
+    """What the modules of a model make of features, one after the other: those after the first in FP32."""
+    first, *rest = modules
+    features = first(features)
+    for name in {"token_embeddings", "sentence_embedding", "scores"} & features.keys():
+        features[name] = features[name].float()
+    for module in rest:
+        features = module(features)
+    return features
 
 
 def lower(module: Any, dtype: torch.dtype, but_for: Collection[int] = ()) -> None:

@@ -20,9 +20,9 @@ SEGMENT_CHARS = 1 << 16
 """Longer texts are tokenized in segments of about this size, so that memory does not follow the document."""
 WHITE_SPACE = re.compile(r"\s")
 MIN_ROOM = 8
+DEFAULT_OVERLAP = 32
 Windowed = Sequence[int] | npt.NDArray[np.int32]
 """(n,): how many rows of tokens each text has."""
-DEFAULT_OVERLAP = 32
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ class Windows:
         pieces: list[str] = []
         numbers: list[int] = []
         for text, count in zip(texts, counts, strict=True):
-            cut = [text[window.start : window.end] for window in self(text)] if count > self.limit else [text]
-            pieces += cut or [text]
-            numbers.append(max(1, len(cut)))
+            windows = self(text) if count > self.limit else []
+            own = [text[window.start : window.end] for window in windows] or [text]
+            pieces += own
+            numbers.append(len(own))
         return list(self._tokenizer([self._prompt + piece for piece in pieces])), numbers
 
     def _window(self, text: str, spans: list[tuple[int, int]], is_word_start: list[bool], first: int) -> tuple[int, Window]:

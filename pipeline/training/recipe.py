@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
 from pipeline.model import max_positions, resolve_spec
-from pipeline.model_files import check_weights, hash_files, locate, read_json
+from pipeline.model_files import ENCODER, check_weights, hash_files, kind_of, locate
 from pipeline.storage import Storage
 from pipeline.training.pairs import Pair
 
@@ -118,8 +118,7 @@ def plan_training(
 
 def _prompts_and_static(model: str, path: Path) -> tuple[tuple[str, str], bool]:
     """Of an encoder that a re-ranker is made of; a re-ranker has its prompts itself."""
-    named = read_json(path / "config_sentence_transformers.json", missing={}).get("model_type", "SentenceTransformer")
-    if named != "SentenceTransformer" or not (path / "modules.json").is_file():
+    if kind_of(path) != ENCODER:
         return ("", ""), False
     spec, folder = resolve_spec(model=model)
     return spec.prompts, folder.is_static

@@ -41,8 +41,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from pipeline import torch_engine
 from pipeline.errors import ConfigError
 from pipeline.job import Event, Meter, Say
+from pipeline.model_files import LATE_INTERACTION, kind_of
 from pipeline.numerics import native_bf16
-from pipeline.reranker import is_multi_vector
 from pipeline.training.recipe import Trained, Training, begin, check_batch, finished, last_checkpoint, write_log
 from pipeline.training.rows import contrastive_rows, distilled_rows, with_negatives
 
@@ -148,7 +148,7 @@ def _by_column(rows: Sequence[dict[str, Any]], prompts: dict[str, str]) -> dict[
 
 def _late_interaction(training: Training) -> Any:
     """An encoder's own token vectors are kept whole: they are stored nowhere, so nothing is won by fewer dimensions."""
-    if is_multi_vector(training.folder):
+    if kind_of(training.folder) == LATE_INTERACTION:
         model = _load(training, MultiVectorEncoder)
     else:
         transformer = _load(training, SentenceTransformer)[0]
