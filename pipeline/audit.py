@@ -7,6 +7,7 @@ the snapshot's texts to the entries of the inverted lists.
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import recall
 from pipeline.collection import Collection, open_collection
@@ -72,7 +73,8 @@ def _documents(documents: Documents, live: Keys, where: str) -> int:
     for name, first, batch in documents.batches(["ordinal", "text"]):
         ordinals = batch.column("ordinal").to_numpy()
         keys = np.array([passage_key(text.as_py()) for text in batch.column("text")], dtype=KEY_DTYPE)
-        wrong = np.flatnonzero((ordinals < 0) | (ordinals >= len(live)) | (live[ordinals.clip(0, len(live) - 1)] != keys))
+        stood_for = live[ordinals.clip(0, len(live) - 1)]
+        wrong = np.flatnonzero((ordinals < 0) | (ordinals >= len(live)) | (_of_text(stood_for) != _of_text(keys)))
         if len(wrong):
             raise VerificationError(
                 f"{where}/{name}: row {first + int(wrong[0])} is not the text of passage {ordinals[wrong[0]]} of its snapshot; "
@@ -83,6 +85,11 @@ def _documents(documents: Documents, live: Keys, where: str) -> int:
     if not seen.all():
         raise VerificationError(f"{where}: passage {int(np.argmin(seen))} has no row among its documents; {MENDING}")
     return rows
+
+
+def _of_text(keys: Keys) -> npt.NDArray[np.uint64]:
+    """The half of keys that their text alone decides, (n,)."""
+    return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)[:, 1]
 
 
 def _vectors(job: Job, collection: Collection, live: Keys, chosen: recall.Ordinals, where: str) -> None:

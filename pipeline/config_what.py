@@ -76,10 +76,20 @@ class PassagesConfig(Section):
         "is the mean of theirs (mean)",
     )
 
+    late: bool = Field(
+        False,
+        description="Late chunking, for models with long context: the tokens of a window are averaged after the model has read "
+        "as much of the document as encoder.max_tokens allows",
+    )
+
     @model_validator(mode="after")
     def _windows_where_documents_are_split(self) -> "PassagesConfig":
-        if self.long == "truncate" and (self.tokens or self.pool == "mean"):
-            raise ValueError("tokens and pool are of windows; set passages.long: split, or leave them out")
+        if self.long == "truncate" and (self.tokens or self.pool == "mean" or self.late):
+            raise ValueError("tokens, pool and late are of windows; set passages.long: split, or leave them out")
+        if self.late and (self.tokens is None or self.pool == "mean"):
+            raise ValueError(
+                "late needs passages.tokens, under encoder.max_tokens, and gives a vector for each window: pool: max"
+            )
         return self
 
 

@@ -34,6 +34,8 @@ ENCODER = b"vecmill.encoder"
 MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
 """A unit is what a crash repeats: some ten seconds of work."""
 Half = npt.NDArray[np.float16]
+Contexts = npt.NDArray[np.bytes_]
+"""(n,) S8: names of contexts."""
 REJECTED_SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -76,14 +78,43 @@ def plan_embedding(
     todo = np.sort(first[~is_among(distinct, stored)])
     if not len(todo):
         return []
-    units = []
-    for chunk in np.array_split(todo, -(-len(todo) // unit_passages)):
-        picks = tuple(
-            Pick(file=parts[part][0], runs=_runs(row_of[chunk[part_of[chunk] == part]])) for part in np.unique(part_of[chunk])
-        )
-        name = sha256(np.sort(keys[chunk]).tobytes())[:20]
-        units.append(EmbedUnit(name=name, picks=picks, passages=len(chunk)))
-    return units
+    units = np.array_split(todo, -(-len(todo) // unit_passages))
+    return [_unit([file for file, _, _ in parts], keys, part_of, row_of, chunk) for chunk in units]
+
+
+def plan_contexts(
+    parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64], Contexts]], stored: Keys, unit_passages: int
+) -> list[EmbedUnit]:
+    """The same for passages that are read in a context: of each context that lacks one all are in one unit.
+
+    Each part comes with the names of its contexts too; a passage without one is a context itself.
+    """
+    if not parts:
+        return []
+    keys, row_of, contexts = (np.concatenate([part[place] for part in parts]) for place in (1, 2, 3))
+    part_of = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
+    wanted = np.flatnonzero(np.isin(contexts, np.unique(contexts[~is_among(keys, stored)])))
+    order = wanted[np.lexsort((row_of[wanted], part_of[wanted], contexts[wanted]))]
+    _, first, inverse = np.unique(contexts[order], return_index=True, return_inverse=True)
+    order = order[part_of[order] == part_of[order[first]][inverse]]  # of a context that several documents have
+    order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
+    borders = np.flatnonzero(contexts[order][1:] != contexts[order][:-1]) + 1
+    units: list[list[Any]] = []
+    for context in np.split(order, borders) if len(order) else []:
+        if not units or sum(map(len, units[-1])) + len(context) > unit_passages:
+            units.append([])
+        units[-1].append(context)
+    return [_unit([part[0] for part in parts], keys, part_of, row_of, np.sort(np.concatenate(unit))) for unit in units]
+
+
+def _unit(
+    files: Sequence[DataFile], keys: Keys, part_of: npt.NDArray[np.int64], row_of: npt.NDArray[np.int64], chosen: Any
+) -> EmbedUnit:
+    """Some of the passages of all parts."""
+    picks = tuple(
+        Pick(file=files[part], runs=_runs(row_of[chosen[part_of[chosen] == part]])) for part in np.unique(part_of[chosen])
+    )
+    return EmbedUnit(name=sha256(np.sort(keys[chosen]).tobytes())[:20], picks=picks, passages=len(chosen))
 
 
 def put_embeddings(

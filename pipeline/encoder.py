@@ -6,7 +6,6 @@ what its spec promises refuses to start, and a text that has no vector never har
 """
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
@@ -15,23 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.batching import Tokens, Vectors, lengths_of
+from pipeline.calibration import BUDGETS
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_here
 from pipeline.openvino_engine import Graph, GraphFacts, OpenVinoEngine, graph_folder, load_graph, save_graph, trace
 from pipeline.tokenizer import TextTokenizer
 from pipeline.unit_vectors import are_unit, mean_of_windows, why_none
-from pipeline.windows import Windowed, document_tokens
+from pipeline.windows import Spans, Windowed, by_row, document_tokens
 
 if TYPE_CHECKING:
     from pipeline.torch_engine import TorchEngine
 
-BUDGETS = {"cpu": (1024, 2048), "cuda": (16384, 32768, 65536, 131072)}
-"""Padded tokens per batch that ``calibrate`` tries; without it the second. On CPUs 1 to 2 k is the flat optimum
-for MiniLM (DESIGN)."""
-CALIBRATION_SECONDS = 0.3
-CALIBRATION_GAIN = 1.03
-"""A larger budget must be so much faster: a smaller one pads less and needs less memory."""
 MIN_ENGINE_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 PROBE = "The tokenizer file and the model must agree: Ünïcode, 数学 and emoji 🙂 too."
 
@@ -77,6 +71,10 @@ class Encoder:
         """Padded tokens per batch as calibrated, or as little as the GPU's memory allowed."""
         return self._engine.budget
 
+    @batch_tokens.setter
+    def batch_tokens(self, budget: int) -> None:
+        self._engine.budget = budget
+
     @property
     def flops_per_token(self) -> float:
         """FLOPs of one token in the linear layers of the model; 0 for a bag of token vectors."""
@@ -121,6 +119,33 @@ class Encoder:
             vectors, failed = mean_of_windows(vectors, failed, np.asarray(windows))
         return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
 
+    def encode_spans(self, tokens: Sequence[Tokens], spans: Spans) -> Encoded:
+        """Unit vectors of parts of texts after the model has read all of each: late chunking (arXiv 2409.04701), on torch.
+
+        What is not finite is tried again as in ``encode_tokens``.
+        """
+        before, lengths = self._engine.padded_tokens, lengths_of(tokens)
+        vectors = self._spans(cast("TorchEngine", self._engine), tokens, spans)
+        bad = np.flatnonzero(~are_unit(vectors))
+        for row in np.unique(spans[bad, 0]):
+            of_row = bad[spans[bad, 0] == row]
+            vectors[of_row] = self._spans(cast("TorchEngine", self._engine), tokens, spans[of_row])
+        still = bad[~are_unit(vectors[bad])]
+        if len(still) and (exact := self._exact_or_none()) is not None:
+            vectors[still] = self._spans(exact, tokens, spans[still])
+        lost = still[~are_unit(vectors[still])]
+        failed = {int(part): why_none(vectors[part], int(lengths[spans[part, 0]])) for part in lost}
+        vectors[lost] = np.nan
+        padded = self._engine.padded_tokens - before
+        return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
+
+    def _spans(self, engine: "TorchEngine", tokens: Sequence[Tokens], spans: Spans) -> Vectors:
+        order, own = by_row(spans, lengths_of(tokens))
+        rows = [tokens[row] for row in own]
+        vectors = np.empty((len(spans), self.dim), dtype=np.float32)
+        vectors[order] = engine.run_spans(rows, lengths_of(rows), list(own.values()))
+        return vectors
+
     def tokenize_documents(self, texts: Sequence[str]) -> tuple[list[Tokens], list[int]]:
         """Token ids of texts after the document prompt, and how many rows of them belong to each text."""
         return document_tokens(self.tokenizer, self.spec, texts)
@@ -131,23 +156,6 @@ class Encoder:
         For int8 that of bf16 where the CPU has it, else fp32.
         """
         return self._engine.matmul_rate()
-
-    def calibrate(self) -> None:
-        """Choose the batch budget that is fastest on this device, in about a second; texts of 8 to max_tokens tokens."""
-        rate = max(self._rate(self._sample(self._budgets[0])) for _ in range(2))  # the first is cold
-        size = 2 * self._budgets[-1]
-        if size > 4 * rate * CALIBRATION_SECONDS or self.tokenizer.is_static:
-            return  # so slow a model fills the device with any budget
-        sample = self._sample(max(size, int(rate * CALIBRATION_SECONDS)))
-        best, best_rate = self.batch_tokens, 0.0
-        for budget in self._budgets:
-            self._engine.budget = budget
-            rate = max(self._rate(sample) for _ in range(2))
-            if self._engine.budget < budget:
-                break  # out of memory
-            if rate > best_rate * CALIBRATION_GAIN:
-                best, best_rate = budget, rate
-        self._engine.budget = min(best, self._engine.budget)
 
     def cosine_to_exact(
         self, tokens: Sequence[Tokens], vectors: Vectors, *, prompt: str = "", windows: Windowed | None = None
@@ -173,15 +181,20 @@ class Encoder:
         vectors = np.full((len(tokens), self.dim), np.nan, dtype=np.float32)
         if not len(tokens):
             return vectors
+        if (engine := self._exact_or_none()) is not None:
+            vectors[order] = engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
+        return vectors
+
+    def _exact_or_none(self) -> "TorchEngine | None":
+        """FP32 weights; None where a GPU has no room for them."""
         try:
-            engine = getattr(self, "_exact_engine", None) or self._load("fp32")
+            engine: TorchEngine = getattr(self, "_exact_engine", None) or self._load("fp32")
         except MemoryError:
-            return vectors
+            return None
         engine.budget = self._budgets[0]
-        vectors[order] = engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
         if not engine.on_gpu:
             self._exact_engine = engine
-        return vectors
+        return engine
 
     def _load(self, precision: str) -> "TorchEngine":
         from pipeline import torch_engine  # seconds to import, and an encoder on OpenVINO seldom needs it
@@ -247,16 +260,6 @@ class Encoder:
             raise EncoderError(
                 f"{self.spec.model}: tokenizer.json gives other ids than the model's tokenizer class; save the model again"
             )
-
-    def _sample(self, size: int) -> list[list[int]]:
-        """Token ids of about ``size`` tokens in texts of 8 to 256 tokens, log-uniform."""
-        ids = self.tokenizer([f"{PROBE} " * 16])[0]
-        lengths = np.geomspace(8, len(ids), 32).astype(int)
-        return [ids[:length] for length in np.tile(lengths, max(1, round(size / int(lengths.sum()))))]
-
-    def _rate(self, tokens: Sequence[Tokens]) -> float:
-        started = time.perf_counter()
-        return self.encode_tokens(tokens).tokens / (time.perf_counter() - started)
 
 
 def _check_spec(spec: EncoderSpec) -> ModelFolder:

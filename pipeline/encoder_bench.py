@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.batching import Vectors
+from pipeline.calibration import calibrate
 from pipeline.encoder import Encoder, load_query_encoder
 from pipeline.errors import ConfigError, VecmillError
 from pipeline.model import EncoderSpec, find_model, resolve_spec
@@ -59,7 +60,7 @@ def measure(spec: EncoderSpec, texts: Sequence[str], *, rounds: int = 3, baselin
     """
     started = time.perf_counter()
     encoder = Encoder(spec)
-    encoder.calibrate()
+    calibrate(encoder)
     load_s = time.perf_counter() - started
     texts = [spec.document_prompt + text for text in texts]
     encoded = encoder.encode_tokens(encoder.tokenizer(texts[: len(texts) // 4]), prompt=spec.document_prompt)

@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from pipeline import layout
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.lexical import Analyzer
 from pipeline.manifest import Record, list_records
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
@@ -138,12 +139,24 @@ def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None, run_id:
         Analyzer(config.index.language)  # an unknown language is told before hours of encoding
     folder = find_model(config.encoder.model, config.encoder.revision)
     precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu, overflows=folder.overflows)
-    backend = resolve_backend(config.encoder.backend, folder, on_gpu=on_gpu, precision=precision)
+    backend = resolve_backend(_backend(config, folder), folder, on_gpu=on_gpu, precision=precision)
     spec, model = resolve_spec(**config.encoder_request(), precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
     store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
     run = run_id or new_run_id()
     return Job(config, spec, model, storage, Storage(store, config.store), run, Meter(run, say))
+
+
+def _backend(config: Config, folder: ModelFolder) -> str:
+    """What the config asks for: of late chunking torch, which tells the vectors of tokens."""
+    if not config.passages.late:
+        return config.encoder.backend
+    if not folder.mean_pooled or config.encoder.backend == "openvino":
+        raise ConfigError(
+            f"passages.late: needs a plain transformer pooled by the mean of its tokens, on torch; {config.encoder.model} on "
+            f"{config.encoder.backend} is none; set passages.late: false"
+        )
+    return "torch"
 
 
 def new_run_id() -> str:

@@ -105,6 +105,8 @@ class ModelFolder:
     files_hash: str
     traceable: bool
     """Whether a graph of (ids, mask) can say it all: a transformer, pooled over every token."""
+    mean_pooled: bool
+    """Whether such a one is pooled by the mean of its tokens, so that some of them have a mean of their own."""
     is_static: bool
     """Whether it is a bag of token vectors, without a transformer."""
     overflows: bool
@@ -130,6 +132,7 @@ def find_model(model: str, revision: str | None = None) -> ModelFolder:
         _dim(path, modules),
         hash_files(str(path)),
         _traceable(path, modules),
+        _traceable(path, modules) and _pooling_modes(path, modules) == {"mean"},
         is_static=_is_static(modules),
         overflows=overflows(path),
     )
@@ -241,6 +244,17 @@ def _traceable(path: Path, modules: list[dict[str, str]]) -> bool:
     pooling = read_json(kinds["Pooling"] / "config.json", missing={}) if "Pooling" in kinds else {}
     known = {"Transformer", "Pooling", "Dense", "Normalize"}
     return "Transformer" in kinds and kinds.keys() <= known and pooling.get("include_prompt", True) is True
+
+
+def _pooling_modes(path: Path, modules: list[dict[str, str]]) -> set[str]:
+    for module in modules:
+        if module["type"].rpartition(".")[2] == "Pooling":
+            settings = read_json(path / module["path"] / "config.json", missing={})
+            if modes := settings.get("pooling_mode"):
+                return {modes} if isinstance(modes, str) else set(modes)
+            named = {name.removeprefix("pooling_mode_") for name, value in settings.items() if value is True}
+            return {name.removesuffix("_tokens") for name in named if name != "include_prompt"}
+    return set()
 
 
 def max_positions(path: Path) -> int:

@@ -18,7 +18,10 @@ KEY_BYTES = 16
 
 @dataclass(frozen=True)
 class Passage:
-    """One text to encode. ``tokens`` counts prompt and special tokens; ``truncated``: the encoder sees only its beginning."""
+    """One text to encode. ``tokens`` counts prompt and special tokens; ``truncated``: the encoder sees only its beginning.
+
+    ``context``: 8 bytes that name what it is read in, the passages of its document with the same name (late chunking).
+    """
 
     key: bytes
     start: int
@@ -26,11 +29,24 @@ class Passage:
     text: str
     tokens: int
     truncated: bool = False
+    context: bytes | None = None
 
 
 def passage_key(text: str) -> bytes:
     """BLAKE2b-128 of the passage text, before the prompt: 16 bytes."""
     return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
+
+
+def late_keys(texts: Sequence[str]) -> tuple[bytes, list[bytes]]:
+    """Name of the context that passages of these texts make together, and their keys, which it decides too.
+
+    The second half of a key is that of ``passage_key``.
+    """
+    half = KEY_BYTES // 2
+    own = [passage_key(text) for text in texts]
+    context = hashlib.blake2b(b"".join(own), digest_size=KEY_BYTES).digest()
+    places = (hashlib.blake2b(context + number.to_bytes(4, "big"), digest_size=half) for number in range(len(own)))
+    return context[:half], [place.digest() + key[half:] for place, key in zip(places, own, strict=True)]
 
 
 class Splitter:
@@ -47,7 +63,9 @@ class Splitter:
         self._tokenizer = tokenizer
         self._prompt = document_prompt
         self._config = passages
-        self._windows = Windows(tokenizer, document_prompt, tokens, passages.overlap if passages.long == "split" else 0)
+        overlap = passages.overlap if passages.long == "split" else 0
+        self._windows = Windows(tokenizer, document_prompt, tokens, 0 if passages.late else overlap)
+        self._contexts = Windows(tokenizer, document_prompt, tokenizer.max_tokens, overlap) if passages.late else None
 
     def __call__(self, texts: Sequence[str], known: Mapping[bytes, int] | None = None) -> list[list[Passage]]:
         """The passages of each text, in order; at least one. ``known``: tokens of whole passages by key, counted before."""
@@ -63,6 +81,8 @@ class Splitter:
             return [Passage(key, 0, len(text), text, count)]
         if self._config.long == "truncate":
             return [Passage(key, 0, len(text), text, limit, truncated=True)]
+        if self._contexts is not None:
+            return self._late(text, self._contexts)
         windows = self._windows(text)
         if self._config.pool == "mean":
             tokens, truncated = sum(window.tokens for window in windows), any(window.truncated for window in windows)
@@ -72,3 +92,17 @@ class Splitter:
             Passage(passage_key(piece), window.start, window.end, piece, window.tokens, window.truncated)
             for window, piece in pieces
         ]
+
+    def _late(self, text: str, contexts: Windows) -> list[Passage]:
+        """The windows of each context; what two contexts share is in both, as another passage."""
+        passages = []
+        for outer in contexts(text):
+            context = text[outer.start : outer.end]
+            windows = self._windows(context)
+            pieces = [context[window.start : window.end] for window in windows]
+            name, keys = late_keys(pieces)
+            passages += [
+                Passage(key, outer.start + window.start, outer.start + window.end, piece, window.tokens, window.truncated, name)
+                for key, window, piece in zip(keys, windows, pieces, strict=True)
+            ]
+        return passages

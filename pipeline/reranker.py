@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.batching import Lengths, lengths_of, pack_batches, run_within
-from pipeline.encoder import BUDGETS
+from pipeline.calibration import BUDGETS
 from pipeline.errors import ConfigError
 from pipeline.model import UNLIMITED_TOKENS, max_positions, overflows
 from pipeline.model_files import CROSS_ENCODER, LATE_INTERACTION, check_code, check_pinned, check_weights, kind_of, locate

@@ -19,13 +19,14 @@ from pipeline.config_what import CorpusConfig
 from pipeline.documents import Resolution
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint
-from pipeline.ingestion import COUNTS, REJECTED_SCHEMA
+from pipeline.ingestion import CONTEXT_BYTES, COUNTS, REJECTED_SCHEMA
 from pipeline.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, to_bytes
-from pipeline.shards import KEY_DTYPE, Keys, keys_of, parquet_bytes, read_columns
+from pipeline.shards import KEY_DTYPE, Keys, keys_of, parquet_bytes, read_columns, to_rows
 from pipeline.storage import Storage
 
 MASKED_SCHEMA = pa.schema([pa.field("part", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False)])
 SHOWN_REJECTED = 3
+CONTEXT_DTYPE = np.dtype(f"S{CONTEXT_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,17 @@ def parts(storage: Storage, snapshot: SnapshotManifest) -> list[Part]:
 def part_keys(storage: Storage, part: Part) -> Keys:
     """Keys of the passages of a part that count, (n,) S16, ascending."""
     return np.delete(keys_of(read_columns(storage, layout.PASSAGES, part.file, ["key"]).column("key")), part.masked)
+
+
+def part_contexts(storage: Storage, part: Part) -> npt.NDArray[np.bytes_]:
+    """What the passages of a part that count are read in, (n,) S8; those in nothing have a name of their own, of their key."""
+    table = read_columns(storage, layout.PASSAGES, part.file, ["key", "context"])
+    own = keys_of(table.column("key")).view(CONTEXT_DTYPE)[::2]
+    if "context" not in table.column_names:
+        return np.delete(own, part.masked)
+    column = table.column("context")
+    names = to_rows(column.fill_null(bytes(CONTEXT_DTYPE.itemsize)), CONTEXT_DTYPE)
+    return np.delete(np.where(column.is_null().to_numpy(), own, names), part.masked)
 
 
 def live_keys(storage: Storage, snapshot_parts: Iterable[Part]) -> Keys:

@@ -11,22 +11,26 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import layout
-from pipeline.batching import lengths_of
+from pipeline.batching import Tokens, lengths_of
 from pipeline.embeddings import EmbedUnit, Pick
 from pipeline.model import EncoderSpec
 from pipeline.shards import KEY_DTYPE, ROW_GROUP_ROWS, Keys, keys_of, open_parquet
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
-from pipeline.windows import document_tokens
+from pipeline.windows import Spans, context_tokens, document_tokens
 
+READ_COLUMNS = ["key", "text", "start", "context"]
 Counts = npt.NDArray[np.int32]
+
+NO_SPANS: Spans = np.empty((0, 3), dtype=np.int32)
 
 
 @dataclass(frozen=True)
 class TokenizedUnit:
     """Keys ascending, and all token ids in one array, (t,), cut into rows by ``lengths``.
 
-    ``windows``: how many rows each passage has, one after the other.
+    ``windows``: how many rows each passage has, one after the other. ``spans``: which part of which row each is instead, in
+    late chunking; else empty.
     """
 
     name: str
@@ -34,14 +38,17 @@ class TokenizedUnit:
     ids: Counts
     lengths: Counts
     windows: Counts
+    spans: Spans
     timings_s: dict[str, float]
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "TokenizedUnit":
         """What ``as_row`` gave."""
-        ids, lengths, windows = (np.frombuffer(row[name], dtype=np.int32) for name in ("ids", "lengths", "windows"))
+        ids, lengths, windows, spans = (
+            np.frombuffer(row[name], dtype=np.int32) for name in ("ids", "lengths", "windows", "spans")
+        )
         keys = np.frombuffer(row["keys"], dtype=KEY_DTYPE)
-        return cls(row["name"], keys, ids, lengths, windows, row["timings_s"])
+        return cls(row["name"], keys, ids, lengths, windows, spans.reshape(-1, 3), row["timings_s"])
 
     def as_row(self) -> dict[str, Any]:
         """Plain values and bytes."""
@@ -53,36 +60,70 @@ class TokenizedUnit:
         """The rows of token ids."""
         return np.split(self.ids, np.cumsum(self.lengths)[:-1])
 
+    @property
+    def together(self) -> list[list[int]]:
+        """The passages that are encoded together, whatever else is: of one row in late chunking, else each by itself."""
+        if not len(self.spans):
+            return [[number] for number in range(len(self.keys))]
+        order = np.argsort(self.spans[:, 0], kind="stable")
+        return [group.tolist() for group in np.split(order, np.flatnonzero(np.diff(self.spans[order, 0])) + 1)]
+
     def piece(self, passages: Sequence[int]) -> "TokenizedUnit":
         """Some of its passages, one or more."""
         chosen = np.asarray(passages)
-        windows, ends = self.windows[chosen], np.cumsum(self.windows)[chosen]
-        rows = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, windows, strict=True)])
+        spans, windows, ends = NO_SPANS, self.windows[chosen], np.cumsum(self.windows)[chosen]
+        if len(self.spans):
+            rows, places = np.unique(self.spans[chosen, 0], return_inverse=True)
+            spans = np.column_stack([places, self.spans[chosen, 1:]]).astype(np.int32)
+        else:
+            rows = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, windows, strict=True)])
         tokens = [self.tokens[row] for row in rows]
         flat, lengths = np.concatenate(tokens), lengths_of(tokens).astype(np.int32)
-        return TokenizedUnit(self.name, self.keys[chosen], flat, lengths, windows, self.timings_s)
+        return TokenizedUnit(self.name, self.keys[chosen], flat, lengths, windows, spans, self.timings_s)
 
 
 def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, spec: EncoderSpec) -> TokenizedUnit:
     """Read the texts of a unit and tokenize them, with the prompt."""
     started = time.perf_counter()
-    table = pa.concat_tables([_read_rows(storage, pick) for pick in unit.picks])
+    tables = [_read_rows(storage, pick) for pick in unit.picks]
+    table = pa.concat_tables(tables, promote_options="default")  # a part without contexts has no such column
     read_s = time.perf_counter() - started
     order = np.argsort(keys_of(table.column("key")))
     table = table.take(order)
-    ids, windows = document_tokens(tokenizer, spec, table.column("text").to_pylist())
+    if "context" in table.column_names:
+        ids, spans = _in_context(table, tokenizer, spec.document_prompt)
+        windows = [1] * len(table)
+    else:
+        ids, windows = document_tokens(tokenizer, spec, table.column("text").to_pylist())
+        spans = NO_SPANS
     lengths = lengths_of(ids).astype(np.int32)
     flat = np.fromiter((token for tokens in ids for token in tokens), dtype=np.int32, count=int(lengths.sum()))
     timings = {"read": read_s, "tokenize": time.perf_counter() - started - read_s}
     keys = keys_of(table.column("key"))
-    return TokenizedUnit(unit.name, keys, flat, lengths, np.array(windows, dtype=np.int32), timings)
+    return TokenizedUnit(unit.name, keys, flat, lengths, np.array(windows, dtype=np.int32), spans, timings)
+
+
+def _in_context(table: Any, tokenizer: TextTokenizer, prompt: str) -> tuple[list[Tokens], Spans]:
+    """Token ids of the contexts of passages, and where those are in them; a passage without a context is one itself."""
+    rows = table.select(["text", "start", "context"]).to_pylist()
+    contexts: dict[Any, list[int]] = {}
+    for number, row in enumerate(rows):
+        contexts.setdefault(number if row["context"] is None else row["context"], []).append(number)
+    tokens: list[Tokens] = []
+    spans = np.empty((len(rows), 3), dtype=np.int32)
+    for numbers in contexts.values():
+        ordered = sorted(numbers, key=lambda number: rows[number]["start"])
+        ids, starts = context_tokens(tokenizer, prompt, [rows[number]["text"] for number in ordered])
+        spans[ordered] = np.column_stack([np.full(len(starts), len(tokens)), starts, [*starts[1:], len(ids)]])
+        tokens.append(ids)
+    return tokens, spans
 
 
 def _read_rows(storage: Storage, pick: Pick) -> Any:
-    """Key and text of some rows of a snapshot part; reads only the row groups that hold them."""
+    """READ_COLUMNS, those that it has, of some rows of a snapshot part; reads only the row groups that hold them."""
     rows = np.concatenate([np.arange(first, end) for first, end in pick.runs])
     groups = np.unique(rows // ROW_GROUP_ROWS)
     starts = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
     with open_parquet(storage, layout.PASSAGES, pick.file) as parquet:
-        table = parquet.read_row_groups([int(group) for group in groups], columns=["key", "text"])
+        table = parquet.read_row_groups([int(group) for group in groups], columns=READ_COLUMNS)
     return table.take(starts + rows % ROW_GROUP_ROWS)

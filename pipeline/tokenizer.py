@@ -46,6 +46,10 @@ class TextTokenizer:
         """Character span of each token of the whole text, special tokens left out."""
         return self._tokenizer.encode(text, add_special_tokens=False).offsets
 
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids without special tokens, not cut."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens with special tokens, not cut; a text cut before tokenizing counts as ``max_tokens + 1`` at least."""
         return [
@@ -64,7 +68,7 @@ class TextTokenizer:
         if len(ids) <= self.max_tokens:
             return ids
         content = self._content(ids)[: self.max_tokens - self.special_tokens]
-        prefix, suffix = self._frame
+        prefix, suffix = self.frame
         return prefix + content + suffix
 
     def _long_ids(self, text: str) -> list[int]:
@@ -77,7 +81,8 @@ class TextTokenizer:
             size *= 4
 
     @property
-    def _frame(self) -> tuple[list[int], list[int]]:
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Special tokens before and after a text."""
         if self.is_static:
             return [], []
         ids = self._tokenizer.encode("a").ids
@@ -86,12 +91,12 @@ class TextTokenizer:
         return ids[:start], ids[start + len(content) :]
 
     def _content(self, ids: list[int]) -> list[int]:
-        prefix, suffix = self._frame
+        prefix, suffix = self.frame
         return ids[len(prefix) : len(ids) - len(suffix)]
 
     def prompt_tokens(self, prompt: str) -> int:
         """Tokens that ``prompt`` takes before a text, leading special tokens included (as sentence-transformers counts)."""
-        return len(self._encode([prompt])[0].ids) - len(self._frame[1]) if prompt else 0
+        return len(self._encode([prompt])[0].ids) - len(self.frame[1]) if prompt else 0
 
 
 class Pair(NamedTuple):

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
@@ -86,6 +87,31 @@ class TorchEngine:
             found: Vectors = torch.cat([lost if part is None else part for part in parts]).cpu().numpy()
         return found
 
+    def run_spans(self, tokens: Sequence[Tokens], lengths: Lengths, spans: Sequence[Sequence[tuple[int, int]]]) -> Vectors:
+        """The same of parts of each text, given as (first token, end), after the model has read all of it: (parts, dim)."""
+
+        def forward(first: int, end: int) -> torch.Tensor:
+            features = self._rectangle(tokens[first:end])
+            self.padded_tokens += features["input_ids"].numel()
+            read = self._parts[0](features)["token_embeddings"].float()
+            parts = [read[row, start:stop] for row, own in enumerate(spans[first:end]) for start, stop in own]
+            mask = [torch.ones(len(part), dtype=torch.long, device=self._device) for part in parts]
+            padded = {"token_embeddings": parts, "attention_mask": mask}
+            features = {name: pad_sequence(values, batch_first=True) for name, values in padded.items()}
+            return self._unit(through(self._parts[1:], features))
+
+        with torch.inference_mode():
+            found, self.budget = run_within(lengths, self.budget, forward, torch.OutOfMemoryError)
+        vectors = np.full((sum(map(len, spans)), self._dim), np.inf, dtype=np.float32)
+        row = place = 0
+        for part in found:
+            end = place + (len(spans[row]) if part is None else len(part))
+            if part is not None:
+                vectors[place:end] = part.cpu().numpy()
+            while place < end:
+                place, row = place + len(spans[row]), row + 1
+        return vectors
+
     def matmul_rate(self) -> float:
         """FLOP/s of a large square matrix product on this device in the engine's precision, the best of several."""
         return matmul_rate(self._precision)
@@ -106,7 +132,9 @@ class TorchEngine:
         self.padded_tokens += features["input_ids"].numel()
         if prompt_tokens:
             features["prompt_length"] = prompt_tokens
-        features = through(self._parts, features)
+        return self._unit(through(self._parts, features))
+
+    def _unit(self, features: dict[str, Any]) -> torch.Tensor:
         return torch.nn.functional.normalize(features["sentence_embedding"][:, : self._dim].float(), dim=1)
 
     def _rectangle(self, batch: Sequence[Tokens]) -> dict[str, Any]:

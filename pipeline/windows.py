@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.batching import Tokens
+from pipeline.batching import Lengths, Tokens
 from pipeline.errors import ConfigError
 from pipeline.model import EncoderSpec
 from pipeline.tokenizer import TextTokenizer
@@ -23,6 +23,10 @@ MIN_ROOM = 8
 DEFAULT_OVERLAP = 32
 Windowed = Sequence[int] | npt.NDArray[np.int32]
 """(n,): how many rows of tokens each text has."""
+
+
+Spans = npt.NDArray[np.int32]
+"""(n, 3): for each passage the row of tokens that it is part of, its first token there, and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,27 @@ class Windows:
                 if piece.strip():
                     spans.append((begin + start + left, begin + end - (len(piece) - len(piece.rstrip()))))
         return spans
+
+
+def context_tokens(tokenizer: TextTokenizer, prompt: str, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Token ids of passages one after the other, as the texts of one document, and where each begins; the last one ends them.
+
+    Cut to the tokenizer's limit. The first passage has prompt and leading special tokens too, the last one the trailing ones.
+    """
+    before, after = tokenizer.frame
+    parts = tokenizer.plain([prompt + texts[0], *texts[1:]])
+    ids = [*before, *(token for part in parts for token in part)][: tokenizer.max_tokens - len(after)]
+    borders = len(before) + np.cumsum([0, *map(len, parts)])
+    return ids + after, [0, *borders[1:-1].clip(max=len(ids)).tolist()]
+
+
+def by_row(spans: Spans, lengths: Lengths) -> tuple[npt.NDArray[np.int64], dict[int, list[tuple[int, int]]]]:
+    """The order of spans by row, the longest rows first, and what is wanted of each row in that order."""
+    order = np.lexsort((spans[:, 1], spans[:, 0], -lengths[spans[:, 0]]))
+    own: dict[int, list[tuple[int, int]]] = {}
+    for row, start, end in spans[order].tolist():
+        own.setdefault(row, []).append((start, end))
+    return order, own
 
 
 def document_tokens(tokenizer: TextTokenizer, spec: EncoderSpec, texts: Sequence[str]) -> tuple[list[Tokens], list[int]]:

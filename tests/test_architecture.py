@@ -49,6 +49,7 @@ ENCODER_NEEDS = {
             "windows",
             "unit_vectors",
             "traced",
+            "calibration",
         ),
         *("model", "model_files", "numerics", "errors", "fingerprint"),
     )

@@ -14,7 +14,8 @@ from transformers import DataCollatorWithFlattening
 
 from jobs.demo_corpus import docstrings
 from pipeline.batching import pack_batches, run_within
-from pipeline.encoder import BUDGETS, Encoder, load_query_encoder
+from pipeline.calibration import BUDGETS, calibrate
+from pipeline.encoder import Encoder, load_query_encoder
 from pipeline.errors import EncoderError
 from pipeline.model import resolve_spec
 from pipeline.model_files import hash_files
@@ -351,15 +352,15 @@ def test_calibration_chooses_a_budget_and_changes_no_vector(minilm, backend, mon
     rate = encoder._rate
     monkeypatch.setattr(encoder, "_rate", lambda sample: max(rate(sample), 5000.0))  # a busy machine may seem too slow
     before = encoder.encode_documents(["a text", "b " * 90])
-    encoder.calibrate()
+    calibrate(encoder)
     assert encoder.batch_tokens in BUDGETS["cpu"]
     assert (before * encoder.encode_documents(["a text", "b " * 90])).sum(axis=1).min() > 0.99999
 
 
 def test_a_slow_model_keeps_its_budget(minilm, monkeypatch):
     encoder = Encoder(minilm[0], batch_tokens=777)
-    monkeypatch.setattr("pipeline.encoder.CALIBRATION_SECONDS", 1e-6)
-    encoder.calibrate()
+    monkeypatch.setattr("pipeline.calibration.SECONDS", 1e-6)
+    calibrate(encoder)
     assert encoder.batch_tokens == 777
 
 

@@ -76,7 +76,7 @@ def test_a_document_of_pooled_windows_is_one_passage_of_all_their_tokens(tokeniz
     assert (pooled.key, pooled.start, pooled.end, pooled.text) == (passage_key(text), 0, len(text), text)
     assert (pooled.tokens, pooled.truncated) == (sum(window.tokens for window in windows), False)
     assert splitter(tokenizer, pool="mean")(["a short text"]) == splitter(tokenizer)(["a short text"])
-    with pytest.raises(ValueError, match=r"tokens and pool are of windows; set passages\.long: split"):
+    with pytest.raises(ValueError, match=r"tokens, pool and late are of windows; set passages\.long: split"):
         PassagesConfig(long="truncate", pool="mean")
 
 

@@ -17,6 +17,7 @@ from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
     MAX_UNIT_PASSAGES,
     EmbedUnit,
+    plan_contexts,
     plan_embedding,
     put_embeddings,
     quarantined_keys,
@@ -29,7 +30,7 @@ from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
 from pipeline.numerics import machine_name
 from pipeline.shards import KEY_DTYPE
-from pipeline.snapshot import ceiling, part_keys, parts
+from pipeline.snapshot import ceiling, part_contexts, part_keys, parts
 from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
@@ -66,9 +67,13 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     folder, records = job.embedding_folder, job.embedding_records()
     known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
     passages = sum(len(keys) for _, keys, _ in keyed)
-    units = plan_embedding(
-        keyed, known, unit_passages(job.config.compute, cluster, passages, snapshot.counts["tokens"] if job.spec.window else 0)
-    )
+    pooled_tokens = snapshot.counts["tokens"] if job.spec.window else 0
+    size = unit_passages(job.config.compute, cluster, passages, pooled_tokens)
+    if job.config.passages.late:
+        named = [(*each, part_contexts(job.storage, part)) for each, part in zip(keyed, found, strict=True)]
+        units = plan_contexts(named, known, size)
+    else:
+        units = plan_embedding(keyed, known, size)
     total = sum(unit.passages for unit in units)
     machine = machine_name(cluster.threads(job.config.compute)) if cluster.nodes == 1 else None
     document_bytes = sum(part.file.size_bytes for part in found)
@@ -158,22 +163,26 @@ def _encode_in_pieces(actor: Mortal, unit: TokenizedUnit, dim: int, most: int) -
     """What ``EncoderActor.encode`` gives for the whole unit; passages that kill their process are among the failed."""
     from pipeline.encoder import Encoded
 
-    started = time.perf_counter()
+    started, groups = time.perf_counter(), unit.together
     found = Encoded(np.full((len(unit.keys), dim), np.nan, dtype=np.float32))
-    pieces = in_pieces(len(unit.keys), lambda piece: actor.ask("encode", unit.piece(piece).as_row()), most)
-    for piece, answer in pieces:
+
+    def passages(piece: range) -> list[int]:
+        return [number for group in groups[piece.start : piece.stop] for number in group]
+
+    for piece, answer in in_pieces(len(groups), lambda piece: actor.ask("encode", unit.piece(passages(piece)).as_row()), most):
+        chosen = passages(piece)
         if answer is None:
-            found.failed[piece.start] = CRASHED.format(len(unit.piece(piece).ids), DEATHS)
+            found.failed.update(dict.fromkeys(chosen, CRASHED.format(len(unit.piece(chosen).ids), DEATHS)))
         else:
-            found = _joined(found, answer[0], piece)
+            found = _joined(found, answer[0], chosen)
     counts = {"tokens": found.tokens, "padded_tokens": found.padded_tokens, "rescued": found.rescued}
     timings = unit.timings_s | {"encode": time.perf_counter() - started, "waiting": 0.0}
     return found, Record(unit=unit.name, files=(), counts=counts, timings_s=timings)
 
 
-def _joined(found: "Encoded", encoded: "Encoded", piece: range) -> "Encoded":
-    found.vectors[piece.start : piece.stop] = encoded.vectors
-    failed = found.failed | {piece.start + row: reason for row, reason in encoded.failed.items()}
+def _joined(found: "Encoded", encoded: "Encoded", passages: list[int]) -> "Encoded":
+    found.vectors[passages] = encoded.vectors
+    failed = found.failed | {passages[row]: reason for row, reason in encoded.failed.items()}
     sums = {name: getattr(found, name) + getattr(encoded, name) for name in ("tokens", "padded_tokens", "rescued")}
     return replace(found, failed=failed, **sums)
 
@@ -209,6 +218,7 @@ class EncoderActor:
     """One encoder on one GPU or one share of a node's cores."""
 
     def __init__(self, spec: EncoderSpec, storage: Storage, folder: str, threads: int, calibrate: bool) -> None:
+        from pipeline.calibration import calibrate as tune_batches
         from pipeline.encoder import Encoder
 
         metering.actor_started()
@@ -216,7 +226,7 @@ class EncoderActor:
         try:
             self._encoder = Encoder(spec, threads=threads)
             if calibrate:
-                self._encoder.calibrate()
+                tune_batches(self._encoder)
         except VecmillError as error:  # raised by the first call: Ray keeps only the text of an error in a constructor
             self._encoder = error
         self._storage = storage
@@ -245,7 +255,10 @@ class EncoderActor:
     def _encode(self, encoder: "Encoder", unit: TokenizedUnit) -> tuple["Encoded", Record]:
         prompt = encoder.spec.document_prompt
         started = time.perf_counter()
-        encoded = encoder.encode_tokens(unit.tokens, prompt=prompt, windows=unit.windows)
+        if len(unit.spans):
+            encoded = encoder.encode_spans(unit.tokens, unit.spans)
+        else:
+            encoded = encoder.encode_tokens(unit.tokens, prompt=prompt, windows=unit.windows)
         timings = {"waiting": started - self._idle_since, "encode": time.perf_counter() - started}
         rates = {}
         if encoder.flops_per_token:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoder import BUDGETS, Encoder
+from pipeline.calibration import BUDGETS
+from pipeline.encoder import Encoder
 from pipeline.encoder_bench import measure, synthetic_texts
 from pipeline.model import resolve_spec
 from pipeline.torch_engine import load_plain
