@@ -125,6 +125,7 @@ class Encoder:
         What is not finite is tried again as in ``encode_tokens``.
         """
         before, lengths = self._engine.padded_tokens, lengths_of(tokens)
+        tokens_run = int(lengths[np.unique(spans[:, 0])].sum())
         vectors = self._spans(cast("TorchEngine", self._engine), tokens, spans)
         bad = np.flatnonzero(~are_unit(vectors))
         for row in np.unique(spans[bad, 0]):
@@ -137,7 +138,7 @@ class Encoder:
         failed = {int(part): why_none(vectors[part], int(lengths[spans[part, 0]])) for part in lost}
         vectors[lost] = np.nan
         padded = self._engine.padded_tokens - before
-        return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
+        return Encoded(vectors, tokens_run, padded, len(bad) - len(lost), failed)
 
     def _spans(self, engine: "TorchEngine", tokens: Sequence[Tokens], spans: Spans) -> Vectors:
         order, own = by_row(spans, lengths_of(tokens))

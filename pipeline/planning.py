@@ -159,7 +159,7 @@ def _sampled(job: Job, units: Sequence[IngestUnit]) -> Counted:
         tokens=round(factor * sum(passage.tokens for passage in passages)),
         truncated_documents=round(factor * sum(any(passage.truncated for passage in each) for each in split)),
         document_bytes=factor * len(parquet_bytes(pa.table(columns), compress=True)),
-        texts=[each[0].text for each in split],
+        texts=[document.text for document in sample] if job.config.passages.late else [each[0].text for each in split],
     )
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.embeddings import is_among, plan_embedding, put_embeddings, quarantined_keys, stored_keys
+from pipeline.embeddings import is_among, plan_contexts, plan_embedding, put_embeddings, quarantined_keys, stored_keys
 from pipeline.errors import EncoderError
 from pipeline.manifest import DataFile, Record
 from pipeline.shards import KEY_DTYPE
@@ -42,6 +42,33 @@ def test_plan_names_units_by_their_keys_alone():
     one = plan_embedding([(part(0, 4), keys([1, 2, 3, 4]), np.arange(4))], keys([]), 10)
     split = [(part(7, 2), keys([1, 3]), np.arange(2)), (part(8, 3), keys([2, 3, 4]), np.arange(3))]
     assert [unit.name for unit in one] == [unit.name for unit in plan_embedding(split, keys([]), 10)]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=5, unique=True), max_size=4),
+    st.sets(st.integers(0, 39)),
+    st.integers(1, 9),
+)
+def test_plan_of_contexts_keeps_each_together(documents, stored, size):
+    """Context n has n % 4 + 1 passages, whose keys are scattered over the part; a document is some contexts, none twice."""
+    parts, of_key = [], {}
+    for number, contexts in enumerate(documents):
+        rows = sorted((40 * place + context, context) for context in contexts for place in range(context % 4 + 1))
+        of_key |= dict(rows)
+        names = np.array([b"%08d" % context for _, context in rows], dtype="S8")
+        parts.append((part(number, len(rows)), keys([key for key, _ in rows]), np.arange(len(rows)), names))
+    known = {40 * (key // 10 % 4) + key % 10 for key in stored}
+    units = plan_contexts(parts, np.unique(keys(known)), size)
+    by_name = {file.name: part_keys for file, part_keys, _, _ in parts}
+    taken = []
+    for unit in units:
+        picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
+        assert len(picked) == unit.passages <= max(size, 4)
+        taken += [int.from_bytes(key[:2], "big") for key in picked]
+    wanted = {context for key, context in of_key.items() if key not in known}
+    assert sorted(taken) == sorted(key for key, context in of_key.items() if context in wanted)
+    assert len({unit.name for unit in units}) == len(units)
 
 
 def test_plan_leaves_masked_rows_out():

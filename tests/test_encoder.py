@@ -248,6 +248,28 @@ def test_a_text_of_which_a_window_has_no_vector_has_none(minilm):
     assert mean_of_windows(opposed, {}, np.array([2, 1]))[1] == {0: "E_ZERO_NORM: the vectors of its windows cancel each other"}
 
 
+def test_spans_of_whole_texts_are_the_texts_and_are_rescued_alike(minilm):
+    encoder = Encoder(minilm[0])
+    texts = ["one good text", "zebra", "two good words and a tail of some length", "x " * 400]
+    tokens = encoder.tokenizer(texts)
+    whole = np.array([[3, 0, len(tokens[3])], *([row, 0, len(tokens[row])] for row in (0, 1, 2))], dtype=np.int32)
+    parts = np.array([[2, 4, len(tokens[2])], [1, 0, 2], [2, 0, 4]], dtype=np.int32)
+    before = encoder.encode_spans(tokens, whole).vectors
+    assert np.allclose(before, encoder.encode_tokens(tokens).vectors[[3, 0, 1, 2]], atol=1e-5)
+    of_parts = encoder.encode_spans(tokens, parts)
+    assert of_parts.tokens == sum(map(len, tokens[1:3])) and not of_parts.failed
+    weights = encoder._engine._parts[0].get_parameter("model.embeddings.word_embeddings.weight")
+    weights.data[tokens[1][1]] = float("nan")
+    after = encoder.encode_spans(tokens, whole)
+    assert (after.rescued, after.failed) == (1, {})
+    assert np.allclose(after.vectors, before, atol=1e-5)
+    encoder._exact_engine._parts[0].get_parameter("model.embeddings.word_embeddings.weight").data[tokens[1][1]] = float("nan")
+    lost = encoder.encode_spans(tokens, parts)
+    assert list(lost.failed) == [1] and lost.failed[1].startswith("E_NONFINITE: 3 tokens")
+    assert np.isnan(lost.vectors[1]).all()
+    assert np.allclose(lost.vectors[[0, 2]], of_parts.vectors[[0, 2]], atol=1e-5)
+
+
 def test_text_without_a_finite_vector_is_named(tmp_path, minilm):
     from safetensors.numpy import load_file, save_file
 

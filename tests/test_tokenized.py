@@ -1,6 +1,6 @@
 import numpy as np
 
-from pipeline.tokenized import TokenizedUnit
+from pipeline.tokenized import NO_SPANS, TokenizedUnit
 from pipeline.unit_vectors import mean_of_windows
 
 ROWS = [np.arange(10 * row, 10 * row + 3 + row, dtype=np.int32) for row in range(6)]
@@ -9,7 +9,7 @@ ROWS = [np.arange(10 * row, 10 * row + 3 + row, dtype=np.int32) for row in range
 def unit(windows):
     lengths = np.array([len(row) for row in ROWS], dtype=np.int32)
     keys = np.array([f"key {number}" for number in range(len(windows))], dtype="S16")
-    return TokenizedUnit("u", keys, np.concatenate(ROWS), lengths, np.array(windows, dtype=np.int32), {"read": 1.0})
+    return TokenizedUnit("u", keys, np.concatenate(ROWS), lengths, np.array(windows, dtype=np.int32), NO_SPANS, {"read": 1.0})
 
 
 def test_a_unit_travels_as_bytes():
@@ -42,3 +42,15 @@ def test_vectors_of_pieces_are_those_of_the_whole():
     ]
     assert np.allclose(means, np.concatenate(parts))
     assert failed == {2: "E_CRASH: 9 tokens"}
+
+
+def test_a_piece_of_contexts_has_the_rows_of_its_passages():
+    spans = np.array([[0, 0, 3], [3, 0, 2], [3, 2, 6], [1, 0, 4]], dtype=np.int32)
+    keys = np.array([f"key {number}" for number in range(4)], dtype="S16")
+    lengths = np.array([len(row) for row in ROWS], dtype=np.int32)
+    whole = TokenizedUnit("u", keys, np.concatenate(ROWS), lengths, np.ones(4, dtype=np.int32), spans, {})
+    assert whole.together == [[0], [3], [1, 2]]
+    piece = TokenizedUnit.of(whole.piece([1, 2]).as_row())
+    assert [row.tolist() for row in piece.tokens] == [ROWS[3].tolist()]
+    assert piece.spans.tolist() == [[0, 0, 2], [0, 2, 6]]
+    assert unit([2, 1, 3]).together == [[0], [1], [2]]

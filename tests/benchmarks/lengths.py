@@ -1,4 +1,4 @@
-"""Measures what becomes of long documents: cut, split, pooled; writes lengths.json. Half an hour on 2 cores.
+"""Measures what becomes of long documents: cut, split, pooled, chunked late; writes lengths.json. Half an hour on 2 cores.
 
 ``python tests/benchmarks/lengths.py FOLDER``: where everything is kept; run again, it goes on where it was cut short. SciFact
 (abstracts, three in five over MiniLM's 256 tokens) and CACM from ../shared/data, their test queries, vecmill's defaults but for
@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "mean of windows of 256": {"passages": {"pool": "mean"}},
     "mean of windows of 128": {"passages": {"pool": "mean", "tokens": 128}},
     "cut at 512": {"passages": {"long": "truncate"}, "encoder": {"max_tokens": 512}},
+    "windows of 128, late, of 512": {"passages": {"late": True, "tokens": 128}, "encoder": {"max_tokens": 512}},
 }
 
 

@@ -1,0 +1,117 @@
+"""Late chunking: the vector of a window is the mean of its tokens after the model has read all of the document."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from pipeline.audit import audit
+from pipeline.config_what import PassagesConfig
+from pipeline.erasure import purge
+from pipeline.errors import ConfigError
+from pipeline.job import plan_job
+from pipeline.live import open_live
+from pipeline.passages import Splitter, late_keys, passage_key
+from pipeline.run import reindex
+from pipeline.tokenizer import TextTokenizer
+from pipeline.windows import context_tokens
+from tests.conftest import make_config, save_first_layer, sentences, write_jsonl
+
+LATE = {"late": True, "tokens": 32}
+NAMES = ["Alexandria", "Pharos", "Ptolemy", "Sostratus", "Octavian", "Cleopatra"]
+LONG = " ".join(f"In year {n} {NAMES[n % 6]} saw the light of the harbour, and it was seen from afar." for n in range(40))
+MIDDLE = "The keeper of the tower lives alone. " * 3 + "He has a violin and plays it when ships come home late at night."
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One layer of MiniLM, which takes 256 tokens."""
+    return str(save_first_layer(tmp_path_factory.mktemp("small") / "model"))
+
+
+@pytest.fixture
+def config(tmp_path, small, local_ray):
+    rows = [{"id": "long", "text": LONG}, {"id": "middle", "text": MIDDLE}, *sentences(5)]
+    write_jsonl(tmp_path / "c" / "a.jsonl", rows)
+    return make_config(tmp_path / "root", tmp_path / "c", passages=LATE, encoder={"model": small})
+
+
+def vectors_of(config, doc_id):
+    found = (open_live(config).partition.vector_of(doc_id, number) for number in range(100))
+    return [vector[0] for vector in found if vector is not None]
+
+
+@pytest.mark.parametrize("prompt", ["", "passage: "])
+def test_the_passages_of_a_context_share_out_its_tokens(minilm, prompt):
+    tokenizer = TextTokenizer(minilm[1], 128, (prompt, ""))
+    passages, (short,) = Splitter(tokenizer, PassagesConfig(**LATE), prompt)([LONG, "A short one."])
+    assert (short.context, short.key) == (None, passage_key("A short one."))
+    contexts = {passage.context for passage in passages}
+    assert len(contexts) > 3
+    assert len({passage.key for passage in passages}) == len(passages)
+    for context in contexts:
+        own = [passage for passage in passages if passage.context == context]
+        assert len(own) > 1
+        assert all(before.end <= after.start for before, after in pairwise(own))
+        ids, starts = context_tokens(tokenizer, prompt, [passage.text for passage in own])
+        assert ids == tokenizer([prompt + LONG[own[0].start : own[-1].end]])[0]
+        assert starts[0] == 0
+        for passage, start, end in zip(own[1:-1], starts[1:-1], starts[2:], strict=True):
+            assert ids[start:end] == tokenizer([passage.text])[0][1:-1]
+
+
+def test_keys_tell_equal_texts_apart_and_keep_the_half_of_their_text():
+    context, keys = late_keys(["one", "two", "one"])
+    assert len({*keys}) == 3
+    assert [key[8:] for key in keys] == [passage_key(text)[8:] for text in ("one", "two", "one")]
+    assert late_keys(["one", "two", "three"])[1][:2] != keys[:2]
+    assert late_keys(["one", "two", "one"]) == (context, keys)
+
+
+def test_vectors_are_means_of_tokens_that_have_read_their_document(config, small):
+    assert reindex(config).snapshot.counts["split"] == 2
+    model = SentenceTransformer(small, device="cpu")
+    tokens = model.encode(MIDDLE, output_value="token_embeddings")
+    tokenizer = TextTokenizer(plan_job(config, on_gpu=False).model, 256)
+    texts = [passage.text for passage in Splitter(tokenizer, config.passages, "")([MIDDLE])[0]]
+    ids, starts = context_tokens(tokenizer, "", texts)
+    assert len(ids) == len(tokens)
+    found = vectors_of(config, "middle")
+    assert len(found) == len(texts) > 1
+    for vector, text, start, end in zip(found, texts, starts, [*starts[1:], len(ids)], strict=True):
+        mean = tokens[start:end].mean(axis=0).numpy()
+        assert vector @ mean / np.linalg.norm(mean) > 0.999
+        assert vector @ model.encode(text, normalize_embeddings=True) < 0.99
+    whole = model.encode([row["text"] for row in sentences(5)], normalize_embeddings=True)
+    for number, vector in enumerate(whole):
+        assert vectors_of(config, f"d{number}")[0] @ vector > 0.999
+
+
+def test_late_passages_are_audited_encoded_once_and_purged(config):
+    first = reindex(config)
+    assert first.encoded == first.live.counts["passages"] > 20
+    again = reindex(config)
+    assert (again.encoded, again.built) == (0, None)
+    assert audit(config, 1000).passages == first.live.counts["passages"]
+    before = vectors_of(config, "middle")
+    file = Path(config.corpus.uri) / "a.jsonl"
+    changed = f"{MIDDLE} Sometimes."
+    write_jsonl(file, [{"id": "long", "text": LONG}, {"id": "middle", "text": changed}, *sentences(5)])
+    assert reindex(config).encoded == len(vectors_of(config, "middle")) > 1  # each of them has read the new word
+    assert all(vector @ other < 0.9999 for vector, other in zip(before, vectors_of(config, "middle"), strict=False))
+    write_jsonl(file, [{"id": "middle", "text": changed}, *sentences(5)])
+    reindex(config)
+    purge(config, ["long"])
+    assert reindex(config).encoded == 0
+    assert audit(config, 1000).passages == 5 + len(vectors_of(config, "middle"))
+
+
+def test_what_cannot_be_chunked_late_is_refused(config):
+    openvino = config.encoder.model_copy(update={"backend": "openvino"})
+    with pytest.raises(ConfigError, match=r"passages\.late: needs a plain transformer .* on openvino"):
+        plan_job(config.model_copy(update={"encoder": openvino}), on_gpu=False)
+    for wrong in ({}, {"tokens": 32, "pool": "mean"}):
+        with pytest.raises(ValueError, match=r"late needs passages\.tokens"):
+            PassagesConfig(late=True, **wrong)
