@@ -87,9 +87,9 @@ def _documents(documents: Documents, live: Keys, where: str) -> int:
     return rows
 
 
-def _of_text(keys: Keys) -> npt.NDArray[np.uint64]:
-    """The half of keys that their text alone decides, (n,)."""
-    return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)[:, 1]
+def _of_text(keys: Keys) -> npt.NDArray[np.uint32]:
+    """The bytes of keys that their text alone decides, (n,)."""
+    return np.ascontiguousarray(keys).view(np.uint32).reshape(len(keys), -1)[:, -1]
 
 
 def _vectors(job: Job, collection: Collection, live: Keys, chosen: recall.Ordinals, where: str) -> None:

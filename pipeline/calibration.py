@@ -18,7 +18,7 @@ TEXT = "A text of common words, Ünïcode, 数学 and emoji 🙂 for the tokeniz
 
 def calibrate(encoder: "Encoder") -> None:
     """Choose the batch budget in about a second, by texts of 8 to 256 tokens."""
-    budgets = next(each for each in BUDGETS.values() if encoder.batch_tokens in each)
+    budgets = encoder.budgets
     rate = max(_rate(encoder, budgets[0]) for _ in range(2))  # the first is cold
     size = 2 * budgets[-1]
     if size > 4 * rate * SECONDS or encoder.tokenizer.is_static:

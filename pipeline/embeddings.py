@@ -34,8 +34,6 @@ ENCODER = b"vecmill.encoder"
 MAX_UNIT_PASSAGES = {"cpu": 4096, "gpu": 32768}
 """A unit is what a crash repeats: some ten seconds of work."""
 Half = npt.NDArray[np.float16]
-Contexts = npt.NDArray[np.bytes_]
-"""(n,) S8: names of contexts."""
 REJECTED_SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -83,7 +81,7 @@ def plan_embedding(
 
 
 def plan_contexts(
-    parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64], Contexts]], stored: Keys, unit_passages: int
+    parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64], Keys]], stored: Keys, unit_passages: int
 ) -> list[EmbedUnit]:
     """The same for passages that are read in a context: of each context that lacks one all are in one unit.
 
@@ -98,13 +96,17 @@ def plan_contexts(
     _, first, inverse = np.unique(contexts[order], return_index=True, return_inverse=True)
     order = order[part_of[order] == part_of[order[first]][inverse]]  # of a context that several documents have
     order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
-    borders = np.flatnonzero(contexts[order][1:] != contexts[order][:-1]) + 1
-    units: list[list[Any]] = []
-    for context in np.split(order, borders) if len(order) else []:
-        if not units or sum(map(len, units[-1])) + len(context) > unit_passages:
-            units.append([])
-        units[-1].append(context)
-    return [_unit([part[0] for part in parts], keys, part_of, row_of, np.sort(np.concatenate(unit))) for unit in units]
+    order = order[np.lexsort((row_of[order], contexts[order], part_of[order]))]
+    ends = np.append(np.flatnonzero(contexts[order][1:] != contexts[order][:-1]) + 1, len(order))
+    units: list[EmbedUnit] = []
+    start = 0
+    while start < len(order):
+        fitting = int(np.searchsorted(ends, start + unit_passages, side="right"))
+        following = int(np.searchsorted(ends, start, side="right"))
+        end = int(ends[max(fitting - 1, following)])
+        units.append(_unit([part[0] for part in parts], keys, part_of, row_of, np.sort(order[start:end])))
+        start = end
+    return units
 
 
 def _unit(

@@ -62,8 +62,9 @@ class Encoder:
             self._check_tokenizer(self._engine.token_ids(PROBE))
         else:
             self._engine = self._compile(one_by_one=one_by_one)
-        self._budgets = BUDGETS["cuda" if self._engine.on_gpu else "cpu"]
-        self._engine.budget = batch_tokens or self._budgets[1]
+        self.budgets = BUDGETS["cuda" if self._engine.on_gpu else "cpu"]
+        """What padded tokens per batch may be (see calibration)."""
+        self._engine.budget = batch_tokens or self.budgets[1]
         self._probe()
 
     @property
@@ -192,7 +193,7 @@ class Encoder:
             engine: TorchEngine = getattr(self, "_exact_engine", None) or self._load("fp32")
         except MemoryError:
             return None
-        engine.budget = self._budgets[0]
+        engine.budget = self.budgets[0]
         if not engine.on_gpu:
             self._exact_engine = engine
         return engine

@@ -49,8 +49,7 @@ PASSAGE_SCHEMA = pa.schema(
         pa.field("metadata", pa.string()),
     ]
 )
-CONTEXT_BYTES = KEY_BYTES // 2
-LATE_SCHEMA = pa.schema([*PASSAGE_SCHEMA, pa.field("context", pa.binary(CONTEXT_BYTES))])
+LATE_SCHEMA = pa.schema([*PASSAGE_SCHEMA, pa.field("context", pa.binary(KEY_BYTES))])
 """Of a part with passages that are read in a context."""
 REJECTED_SCHEMA = pa.schema(
     [

@@ -252,8 +252,8 @@ def _pooling_modes(path: Path, modules: list[dict[str, str]]) -> set[str]:
             settings = read_json(path / module["path"] / "config.json", missing={})
             if modes := settings.get("pooling_mode"):
                 return {modes} if isinstance(modes, str) else set(modes)
-            named = {name.removeprefix("pooling_mode_") for name, value in settings.items() if value is True}
-            return {name.removesuffix("_tokens") for name in named if name != "include_prompt"}
+            named = {name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True}
+            return {name.removeprefix("pooling_mode_").removesuffix("_tokens") for name in named} or {"mean"}
     return set()
 
 

@@ -6,7 +6,8 @@ document.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pipeline.config_what import PassagesConfig
 from pipeline.errors import ConfigError
@@ -14,13 +15,15 @@ from pipeline.tokenizer import TextTokenizer
 from pipeline.windows import Windows
 
 KEY_BYTES = 16
+TEXT_BYTES = 4
+"""At the end of every key: of the passage's text alone."""
 
 
 @dataclass(frozen=True)
 class Passage:
     """One text to encode. ``tokens`` counts prompt and special tokens; ``truncated``: the encoder sees only its beginning.
 
-    ``context``: 8 bytes that name what it is read in, the passages of its document with the same name (late chunking).
+    ``context``: name of what it is read in, the passages of its document with the same name (late chunking).
     """
 
     key: bytes
@@ -37,16 +40,17 @@ def passage_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
 
 
-def late_keys(texts: Sequence[str]) -> tuple[bytes, list[bytes]]:
-    """Name of the context that passages of these texts make together, and their keys, which it decides too.
+def late_keys(pieces: Sequence[tuple[bool, str]]) -> tuple[bytes, list[bytes]]:
+    """Name of the context that passages make together, and their keys, which it decides too: their last 4 bytes are as ever.
 
-    The second half of a key is that of ``passage_key``.
+    Each comes with whether there is a space before it.
     """
-    half = KEY_BYTES // 2
-    own = [passage_key(text) for text in texts]
-    context = hashlib.blake2b(b"".join(own), digest_size=KEY_BYTES).digest()
-    places = (hashlib.blake2b(context + number.to_bytes(4, "big"), digest_size=half) for number in range(len(own)))
-    return context[:half], [place.digest() + key[half:] for place, key in zip(places, own, strict=True)]
+    own = [passage_key(text) for _, text in pieces]
+    spaces = bytes(space for space, _ in pieces)
+    context = hashlib.blake2b(b"".join([spaces, *own]), digest_size=KEY_BYTES).digest()
+    size = KEY_BYTES - TEXT_BYTES
+    places = (hashlib.blake2b(context + number.to_bytes(4, "big"), digest_size=size) for number in range(len(own)))
+    return context, [place.digest() + key[-TEXT_BYTES:] for place, key in zip(places, own, strict=True)]
 
 
 class Splitter:
@@ -55,10 +59,10 @@ class Splitter:
     def __init__(self, tokenizer: TextTokenizer, passages: PassagesConfig, document_prompt: str) -> None:
         """Raises ConfigError for passages of more tokens than the encoder takes, or without room for a text."""
         tokens = passages.tokens or tokenizer.max_tokens
-        if tokens > tokenizer.max_tokens:
-            raise ConfigError(
-                f"passages.tokens: {tokens}, the encoder takes {tokenizer.max_tokens}; lower it or raise encoder.max_tokens"
-            )
+        most = tokenizer.max_tokens - passages.late
+        if tokens > most:
+            why = "late chunking takes" if passages.late else "the encoder takes"
+            raise ConfigError(f"passages.tokens: {tokens}, {why} {most} at most; lower it or raise encoder.max_tokens")
         self.prompt = document_prompt.strip()
         self._tokenizer = tokenizer
         self._prompt = document_prompt
@@ -97,12 +101,21 @@ class Splitter:
         """The windows of each context; what two contexts share is in both, as another passage."""
         passages = []
         for outer in contexts(text):
-            context = text[outer.start : outer.end]
-            windows = self._windows(context)
-            pieces = [context[window.start : window.end] for window in windows]
+            windows = [
+                replace(each, start=outer.start + each.start, end=outer.start + each.end)
+                for each in self._windows(text[outer.start : outer.end])
+            ]
+            pieces = [
+                (before.end < each.start, text[each.start : each.end]) for before, each in pairwise([windows[0], *windows])
+            ]
+            if len(windows) == 1:
+                (window,), ((_, piece),) = windows, pieces
+                passages.append(Passage(passage_key(piece), window.start, window.end, piece, window.tokens, window.truncated))
+                continue
             name, keys = late_keys(pieces)
+            spare = [0, *[self._windows.frame_tokens] * (len(windows) - 1)]  # prompt and special tokens are in a context once
             passages += [
-                Passage(key, outer.start + window.start, outer.start + window.end, piece, window.tokens, window.truncated, name)
-                for key, window, piece in zip(keys, windows, pieces, strict=True)
+                Passage(key, each.start, each.end, piece, each.tokens - frame, each.truncated, name)
+                for key, each, (_, piece), frame in zip(keys, windows, pieces, spare, strict=True)
             ]
         return passages

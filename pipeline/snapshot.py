@@ -19,14 +19,13 @@ from pipeline.config_what import CorpusConfig
 from pipeline.documents import Resolution
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint
-from pipeline.ingestion import CONTEXT_BYTES, COUNTS, REJECTED_SCHEMA
+from pipeline.ingestion import COUNTS, REJECTED_SCHEMA
 from pipeline.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, to_bytes
-from pipeline.shards import KEY_DTYPE, Keys, keys_of, parquet_bytes, read_columns, to_rows
+from pipeline.shards import KEY_DTYPE, Keys, keys_of, parquet_bytes, read_columns
 from pipeline.storage import Storage
 
 MASKED_SCHEMA = pa.schema([pa.field("part", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False)])
 SHOWN_REJECTED = 3
-CONTEXT_DTYPE = np.dtype(f"S{CONTEXT_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -165,15 +164,14 @@ def part_keys(storage: Storage, part: Part) -> Keys:
     return np.delete(keys_of(read_columns(storage, layout.PASSAGES, part.file, ["key"]).column("key")), part.masked)
 
 
-def part_contexts(storage: Storage, part: Part) -> npt.NDArray[np.bytes_]:
-    """What the passages of a part that count are read in, (n,) S8; those in nothing have a name of their own, of their key."""
+def part_contexts(storage: Storage, part: Part) -> Keys:
+    """What the passages of a part that count are read in, (n,) S16: its name, or the key of a passage that is read alone."""
     table = read_columns(storage, layout.PASSAGES, part.file, ["key", "context"])
-    own = keys_of(table.column("key")).view(CONTEXT_DTYPE)[::2]
-    if "context" not in table.column_names:
-        return np.delete(own, part.masked)
-    column = table.column("context")
-    names = to_rows(column.fill_null(bytes(CONTEXT_DTYPE.itemsize)), CONTEXT_DTYPE)
-    return np.delete(np.where(column.is_null().to_numpy(), own, names), part.masked)
+    keys = keys_of(table.column("key"))
+    if "context" in table.column_names:
+        column = table.column("context")
+        keys = np.where(column.is_null().to_numpy(), keys, keys_of(column.fill_null(bytes(KEY_DTYPE.itemsize))))
+    return np.delete(keys, part.masked)
 
 
 def live_keys(storage: Storage, snapshot_parts: Iterable[Part]) -> Keys:

@@ -19,7 +19,7 @@ from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 from pipeline.windows import Spans, context_tokens, document_tokens
 
-READ_COLUMNS = ["key", "text", "start", "context"]
+READ_COLUMNS = ["key", "text", "start", "end", "context"]
 Counts = npt.NDArray[np.int32]
 
 NO_SPANS: Spans = np.empty((0, 3), dtype=np.int32)
@@ -105,7 +105,7 @@ def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, s
 
 def _in_context(table: Any, tokenizer: TextTokenizer, prompt: str) -> tuple[list[Tokens], Spans]:
     """Token ids of the contexts of passages, and where those are in them; a passage without a context is one itself."""
-    rows = table.select(["text", "start", "context"]).to_pylist()
+    rows = table.select(["text", "start", "end", "context"]).to_pylist()
     contexts: dict[Any, list[int]] = {}
     for number, row in enumerate(rows):
         contexts.setdefault(number if row["context"] is None else row["context"], []).append(number)
@@ -113,7 +113,9 @@ def _in_context(table: Any, tokenizer: TextTokenizer, prompt: str) -> tuple[list
     spans = np.empty((len(rows), 3), dtype=np.int32)
     for numbers in contexts.values():
         ordered = sorted(numbers, key=lambda number: rows[number]["start"])
-        ids, starts = context_tokens(tokenizer, prompt, [rows[number]["text"] for number in ordered])
+        ends = [rows[ordered[0]]["start"], *(rows[number]["end"] for number in ordered)]
+        pieces = [(end < rows[number]["start"], rows[number]["text"]) for end, number in zip(ends, ordered, strict=False)]
+        ids, starts = context_tokens(tokenizer, prompt, pieces)
         spans[ordered] = np.column_stack([np.full(len(starts), len(tokens)), starts, [*starts[1:], len(ids)]])
         tokens.append(ids)
     return tokens, spans

@@ -43,12 +43,9 @@ class TextTokenizer:
         return sorted(word for word in self._tokenizer.get_vocab() if word.isascii() and word.isalpha())
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Character span of each token of the whole text, special tokens left out."""
-        return self._tokenizer.encode(text, add_special_tokens=False).offsets
-
-    def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids without special tokens, not cut."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Character span of each token of the whole text, special tokens left out; without white space before a word."""
+        spans = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [(end - len(text[start:end].lstrip()), end) for start, end in spans]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens with special tokens, not cut; a text cut before tokenizing counts as ``max_tokens + 1`` at least."""

@@ -42,6 +42,8 @@ class Window:
 class Windows:
     """Cuts texts that come after ``prompt`` into windows of at most ``tokens`` tokens, prompt and special ones included.
 
+    ``frame_tokens``: of prompt and special ones.
+
     ``overlap``: tokens that neighbours share; None: 32, at most a quarter of a window.
     """
 
@@ -51,7 +53,8 @@ class Windows:
         self._tokenizer = tokenizer
         self._prompt = prompt
         prompt_tokens = max(0, tokenizer.prompt_tokens(prompt) - (tokenizer.special_tokens + 1) // 2)
-        self._room = tokens - tokenizer.special_tokens - prompt_tokens
+        self.frame_tokens = tokenizer.special_tokens + prompt_tokens
+        self._room = tokens - self.frame_tokens
         if self._room < MIN_ROOM:
             limit = "passages.tokens" if tokens < tokenizer.max_tokens else "encoder.max_tokens"
             raise ConfigError(f"encoder.document_prompt: leaves {self._room} tokens for the text; shorten it or raise {limit}")
@@ -113,16 +116,20 @@ class Windows:
         return spans
 
 
-def context_tokens(tokenizer: TextTokenizer, prompt: str, texts: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Token ids of passages one after the other, as the texts of one document, and where each begins; the last one ends them.
+def context_tokens(tokenizer: TextTokenizer, prompt: str, pieces: Sequence[tuple[bool, str]]) -> tuple[list[int], list[int]]:
+    """Token ids of the passages of a context as one text, and where each begins; the last one ends them.
 
-    Cut to the tokenizer's limit. The first passage has prompt and leading special tokens too, the last one the trailing ones.
+    Each comes with whether there is a space before it. The first has prompt and leading special tokens too, the last one the
+    trailing ones.
     """
-    before, after = tokenizer.frame
-    parts = tokenizer.plain([prompt + texts[0], *texts[1:]])
-    ids = [*before, *(token for part in parts for token in part)][: tokenizer.max_tokens - len(after)]
-    borders = len(before) + np.cumsum([0, *map(len, parts)])
-    return ids + after, [0, *borders[1:-1].clip(max=len(ids)).tolist()]
+    text, begins = prompt, []
+    for space, piece in pieces:
+        text += " " * space
+        begins.append(len(text))
+        text += piece
+    ids, starts = tokenizer([text])[0], [start for start, _ in tokenizer.offsets(text)]
+    borders = len(tokenizer.frame[0]) + np.searchsorted(starts, begins)
+    return ids, [0, *borders[1:].clip(max=len(ids) - len(tokenizer.frame[1])).tolist()]
 
 
 def by_row(spans: Spans, lengths: Lengths) -> tuple[npt.NDArray[np.int64], dict[int, list[tuple[int, int]]]]:

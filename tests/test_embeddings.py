@@ -56,12 +56,13 @@ def test_plan_of_contexts_keeps_each_together(documents, stored, size):
     for number, contexts in enumerate(documents):
         rows = sorted((40 * place + context, context) for context in contexts for place in range(context % 4 + 1))
         of_key |= dict(rows)
-        names = np.array([b"%08d" % context for _, context in rows], dtype="S8")
+        names = keys([context for _, context in rows])
         parts.append((part(number, len(rows)), keys([key for key, _ in rows]), np.arange(len(rows)), names))
     known = {40 * (key // 10 % 4) + key % 10 for key in stored}
     units = plan_contexts(parts, np.unique(keys(known)), size)
     by_name = {file.name: part_keys for file, part_keys, _, _ in parts}
-    taken = []
+    taken, files = [], [pick.file.name for unit in units for pick in unit.picks]
+    assert files == sorted(files)  # each part is read by few units
     for unit in units:
         picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
         assert len(picked) == unit.passages <= max(size, 4)

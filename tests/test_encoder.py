@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import DataCollatorWithFlattening
 
 from jobs.demo_corpus import docstrings
+from pipeline import calibration
 from pipeline.batching import pack_batches, run_within
 from pipeline.calibration import BUDGETS, calibrate
 from pipeline.encoder import Encoder, load_query_encoder
@@ -371,8 +372,8 @@ def test_cache_that_cannot_be_written_costs_only_time(minilm, tmp_path, monkeypa
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 def test_calibration_chooses_a_budget_and_changes_no_vector(minilm, backend, monkeypatch):
     encoder = Encoder(replace(minilm[0], backend=backend), batch_tokens=77)
-    rate = encoder._rate
-    monkeypatch.setattr(encoder, "_rate", lambda sample: max(rate(sample), 5000.0))  # a busy machine may seem too slow
+    rate = calibration._rate
+    monkeypatch.setattr(calibration, "_rate", lambda *sample: max(rate(*sample), 5000.0))  # a busy machine may seem too slow
     before = encoder.encode_documents(["a text", "b " * 90])
     calibrate(encoder)
     assert encoder.batch_tokens in BUDGETS["cpu"]

@@ -55,7 +55,7 @@ def test_windows_are_as_short_as_the_config_says(tokenizer):
     assert len(passages[0]) > 8
     for passage in passages[0]:
         assert tokenizer.count(["note: " + passage.text])[0] == passage.tokens <= 32
-    with pytest.raises(ConfigError, match=r"passages.tokens: 65, the encoder takes 64"):
+    with pytest.raises(ConfigError, match=r"passages.tokens: 65, the encoder takes 64 at most"):
         splitter(tokenizer, tokens=65)
 
 

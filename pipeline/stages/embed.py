@@ -169,7 +169,12 @@ def _encode_in_pieces(actor: Mortal, unit: TokenizedUnit, dim: int, most: int) -
     def passages(piece: range) -> list[int]:
         return [number for group in groups[piece.start : piece.stop] for number in group]
 
-    for piece, answer in in_pieces(len(groups), lambda piece: actor.ask("encode", unit.piece(passages(piece)).as_row()), most):
+    for piece, answer in in_pieces(
+        len(groups),
+        lambda piece: actor.ask("encode", unit.piece(passages(piece)).as_row()),
+        most,
+        lambda piece: len(passages(piece)),
+    ):
         chosen = passages(piece)
         if answer is None:
             found.failed.update(dict.fromkeys(chosen, CRASHED.format(len(unit.piece(chosen).ids), DEATHS)))

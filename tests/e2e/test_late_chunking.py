@@ -43,6 +43,10 @@ def vectors_of(config, doc_id):
     return [vector[0] for vector in found if vector is not None]
 
 
+def pieces_of(passages):
+    return [(number > 0, passage.text) for number, passage in enumerate(passages)]
+
+
 @pytest.mark.parametrize("prompt", ["", "passage: "])
 def test_the_passages_of_a_context_share_out_its_tokens(minilm, prompt):
     tokenizer = TextTokenizer(minilm[1], 128, (prompt, ""))
@@ -55,19 +59,34 @@ def test_the_passages_of_a_context_share_out_its_tokens(minilm, prompt):
         own = [passage for passage in passages if passage.context == context]
         assert len(own) > 1
         assert all(before.end <= after.start for before, after in pairwise(own))
-        ids, starts = context_tokens(tokenizer, prompt, [passage.text for passage in own])
+        ids, starts = context_tokens(tokenizer, prompt, pieces_of(own))
         assert ids == tokenizer([prompt + LONG[own[0].start : own[-1].end]])[0]
         assert starts[0] == 0
         for passage, start, end in zip(own[1:-1], starts[1:-1], starts[2:], strict=True):
             assert ids[start:end] == tokenizer([passage.text])[0][1:-1]
 
 
-def test_keys_tell_equal_texts_apart_and_keep_the_half_of_their_text():
-    context, keys = late_keys(["one", "two", "one"])
+def test_keys_tell_equal_texts_apart_and_end_as_those_of_their_text():
+    pieces = [(False, "one"), (True, "two"), (True, "one")]
+    context, keys = late_keys(pieces)
     assert len({*keys}) == 3
-    assert [key[8:] for key in keys] == [passage_key(text)[8:] for text in ("one", "two", "one")]
-    assert late_keys(["one", "two", "three"])[1][:2] != keys[:2]
-    assert late_keys(["one", "two", "one"]) == (context, keys)
+    assert [key[-4:] for key in keys] == [passage_key(text)[-4:] for _, text in pieces]
+    assert late_keys([*pieces[:2], (True, "three")])[1][:2] != keys[:2]
+    assert late_keys([pieces[0], (False, "two"), pieces[2]])[0] != context
+    assert late_keys(pieces) == (context, keys)
+
+
+def test_windows_that_end_within_words_share_out_the_tokens_of_the_text(minilm):
+    tokenizer = TextTokenizer(minilm[1], 128)
+    for text in ("数学" * 150, "https://example.org/" + "a1-b2/" * 80, "one  two\n\nthree " * 60):
+        passages = Splitter(tokenizer, PassagesConfig(**LATE), "")([text])[0]
+        for context in {passage.context for passage in passages} - {None}:
+            own = [passage for passage in passages if passage.context == context]
+            spaces = [False, *(before.end < after.start for before, after in pairwise(own))]
+            ids, starts = context_tokens(tokenizer, "", list(zip(spaces, [each.text for each in own], strict=True)))
+            assert len(ids) <= 128
+            assert all(before < after for before, after in pairwise([*starts, len(ids)]))
+            assert ids == tokenizer([" ".join(text[own[0].start : own[-1].end].split())])[0]
 
 
 def test_vectors_are_means_of_tokens_that_have_read_their_document(config, small):
@@ -75,8 +94,9 @@ def test_vectors_are_means_of_tokens_that_have_read_their_document(config, small
     model = SentenceTransformer(small, device="cpu")
     tokens = model.encode(MIDDLE, output_value="token_embeddings")
     tokenizer = TextTokenizer(plan_job(config, on_gpu=False).model, 256)
-    texts = [passage.text for passage in Splitter(tokenizer, config.passages, "")([MIDDLE])[0]]
-    ids, starts = context_tokens(tokenizer, "", texts)
+    passages = Splitter(tokenizer, config.passages, "")([MIDDLE])[0]
+    texts = [passage.text for passage in passages]
+    ids, starts = context_tokens(tokenizer, "", pieces_of(passages))
     assert len(ids) == len(tokens)
     found = vectors_of(config, "middle")
     assert len(found) == len(texts) > 1
