@@ -62,6 +62,8 @@ def mine(
     from pipeline.evaluation import read_qrels  # with what measures: no other command waits for it
 
     settings = load_config(config, tuple(overrides or ()))
+    if settings.passages.late:
+        raise ConfigError("mine: passages.late gives vectors that no text has by itself; mine from an artifact made without it")
     opened = open_live(settings)
     artifact = Artifact(opened, settings)
     judged = read_qrels(qrels, settings.store) if qrels else None

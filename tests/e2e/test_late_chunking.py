@@ -1,5 +1,6 @@
 """Late chunking: the vector of a window is the mean of its tokens after the model has read all of the document."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pipeline.run import reindex
 from pipeline.tokenizer import TextTokenizer
 from pipeline.windows import context_tokens
 from tests.conftest import make_config, save_first_layer, sentences, write_jsonl
+from tests.e2e.test_cli import vecmill
 
 LATE = {"late": True, "tokens": 32}
 NAMES = ["Alexandria", "Pharos", "Ptolemy", "Sostratus", "Octavian", "Cleopatra"]
@@ -131,6 +133,13 @@ def test_late_passages_are_audited_encoded_once_and_purged(config):
     purge(config, ["long"])
     assert reindex(config).encoded == 0
     assert audit(config, 1000).passages == 5 + len(vectors_of(config, "middle"))
+
+
+def test_nothing_is_mined_by_vectors_that_no_text_has_by_itself(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"root": str(tmp_path / "root"), "corpus": {"uri": str(tmp_path / "c")}, "passages": LATE}))
+    done = vecmill("mine", "-c", file, "--from", "title", "--out", tmp_path / "pairs.parquet", check=False)
+    assert (done.returncode, "mine from an artifact made without it" in " ".join(done.stderr.split())) == (2, True), done.stderr
 
 
 def test_what_cannot_be_chunked_late_is_refused(config):
