@@ -76,10 +76,9 @@ STATIC ?= build/bench/potion-base-8M
 PEERS := hnswlib usearch numkong lancedb lance-namespace lance-namespace-urllib3-client overrides deprecation autofaiss \
 	embedding-reader fire termcolor wrapt tqdm
 
-bench-index: $(INSTALLED)  ## measure the index, its build, its merge, its quality and its peers; two hours
+bench-index: $(INSTALLED)  ## measure the index, its build, its merge and its peers; two hours
 	$(BIN)/python tests/benchmarks/index.py $(FOLDER) $(STATIC)
 	$(BIN)/python tests/benchmarks/merge.py $(FOLDER) $(STATIC)
-	$(BIN)/python tests/benchmarks/quality.py
 	$(BIN)/python -m pip install --quiet --target $(FOLDER)/peers --no-deps $(PEERS)
 	PYTHONPATH=$(FOLDER)/peers $(BIN)/python tests/benchmarks/peers.py $(FOLDER) $(STATIC)
 
@@ -88,11 +87,12 @@ bench-nights: $(INSTALLED)  ## measure a night that changes 1 %, and plans again
 	$(BIN)/python tests/benchmarks/incremental.py $(FOLDER)
 	$(BIN)/python tests/benchmarks/plan.py $(FOLDER)
 
-bench-training: $(INSTALLED)  ## train on SciFact's judgements, measure that and ways to search; resumable, two hours
+bench-training: $(INSTALLED)  ## train on SciFact's judgements, measure that, ways to search and to compress; resumable, hours
 	mkdir -p $(FOLDER)
 	$(BIN)/python tests/benchmarks/training.py $(FOLDER)/training
-	$(BIN)/python tests/benchmarks/retrieval.py $(FOLDER)/training/models/reranker
-	$(BIN)/python tests/benchmarks/lengths.py $(FOLDER)/lengths
+	$(BIN)/python tests/benchmarks/lengths.py $(FOLDER)/training
+	$(BIN)/python tests/benchmarks/retrieval.py $(FOLDER)/training
+	$(BIN)/python tests/benchmarks/quality.py $(FOLDER)/training
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts; an hour
 	mkdir -p $(FOLDER)

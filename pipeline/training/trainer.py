@@ -51,6 +51,9 @@ MINI_BATCH = 16
 CHECKPOINTS, CHECKPOINT_STEPS = 10, 20
 """Per training, but no more often than every so many steps; the last two are kept."""
 PROMPT_NAMES = ("document", "query")
+ALL_OF_IT = 100.0
+"""Label of an answer among negatives of 0: the softmax over labels, which ListNet's loss learns, is then 1 and 0, and that loss
+the localized contrastive one (arXiv 2101.08751). Labels of 1 and 0 would have it keep an answer within 1 of its negatives."""
 WORKERS = "WORLD_SIZE"
 """Number of processes that train together, as torch.distributed is told it."""
 
@@ -175,7 +178,7 @@ def _reranker(training: Training) -> Any:
     recipe = training.recipe
     model = _load(training, CrossEncoder)
     rows = [
-        {"query": pair.query, "texts": [pair.positive, *negatives], "labels": [1.0] + [0.0] * len(negatives)}
+        {"query": pair.query, "texts": [pair.positive, *negatives], "labels": [ALL_OF_IT] + [0.0] * len(negatives)}
         for pair, negatives in with_negatives(training.pairs, recipe)
     ]
     arguments = CrossEncoderTrainingArguments(**_arguments(training, len(rows)))

@@ -1,8 +1,9 @@
 """Measures what becomes of long documents: cut, split, pooled, chunked late; writes lengths.json. Half an hour on 2 cores.
 
-``python tests/benchmarks/lengths.py FOLDER``: where everything is kept; run again, it goes on where it was cut short. SciFact
-(abstracts, three in five over MiniLM's 256 tokens) and CACM from ../shared/data, their test queries, vecmill's defaults but for
-what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had here.
+``python tests/benchmarks/lengths.py FOLDER``: that of training.py, or any; run again, it goes on where it was cut short.
+SciFact (abstracts, three in five over MiniLM's 256 tokens) and CACM from ../shared/data, their test queries, vecmill's
+defaults but for what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had
+here.
 """
 
 import json
@@ -48,7 +49,7 @@ def main() -> None:
 def dataset(folder: Path, name: str) -> dict[str, Any]:
     data, configs, counts = SHARED_DATA / name, [], {}
     for number, (way, sections) in enumerate(WAYS.items()):
-        file = folder / f"{number}-{name}.yaml"
+        file = folder / f"length-{number}-{name}.yaml"
         settings = {"root": str(folder / file.stem), "corpus": {"uri": str(data)}, **sections}
         file.write_text(json.dumps(settings | {"store": {"embeddings": str(folder / "embeddings")}}))
         counts[way] = reindex(load_config(str(file))).snapshot.counts

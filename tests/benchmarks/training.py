@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from tests.conftest import SHARED_DATA
 DATASETS = ("scifact", "cacm")
 MAX_TOKENS = 128
 IN_BATCH = Recipe(epochs=2, batch=32, learning_rate=5e-5, negatives=0, max_tokens=MAX_TOKENS)
+MATRYOSHKA = replace(IN_BATCH, dims=(192, 96))
 RERANKER = Recipe(epochs=2, batch=4, learning_rate=5e-5, negatives=3, max_tokens=192)
+LATE = Recipe(epochs=2, batch=32, learning_rate=5e-5, negatives=1, max_tokens=192)
 
 
 class Bench:
@@ -47,6 +49,7 @@ class Bench:
             "root": str(self.folder / f"{name}-{dataset}"),
             "corpus": {"uri": str(SHARED_DATA / dataset)},
             "passages": {"long": "truncate"},
+            "store": {"embeddings": str(self.folder / "embeddings")},
         } | ({"encoder": {"model": str(model)}} if model else {})
         file = self.folder / f"{name}-{dataset}.yaml"
         file.write_text(json.dumps(settings))
@@ -99,11 +102,13 @@ def loop(bench: Bench) -> dict[str, float]:
 
 
 def others(bench: Bench) -> None:
-    """The models beside that of the loop: a cross-encoder for retrieval.py, and an encoder without mined negatives."""
+    """Models beside that of the loop: re-rankers for retrieval.py, encoders without mined negatives, one of those for cuts."""
     base = bench.config("shipped", "scifact")
     pairs = read_pairs(str(bench.folder / "train.parquet"), load_config(base))
     bench.train("reranker", base, pairs, RERANKER, "reranker")
+    bench.train("late", base, pairs, LATE, "late")
     bench.train("encoder", base, pairs, IN_BATCH, "in-batch")
+    bench.train("encoder", base, pairs, MATRYOSHKA, "matryoshka")
 
 
 def judge(bench: Bench) -> dict[str, Any]:
@@ -134,7 +139,8 @@ def told(comparison: Any) -> dict[str, Any]:
 def main() -> None:
     bench = Bench(Path(sys.argv[1]).absolute())
     bench.folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"measured": machine(), "in-batch": asdict(IN_BATCH), "reranker": asdict(RERANKER)}
+    recipes = {"in-batch": IN_BATCH, "matryoshka": MATRYOSHKA, "reranker": RERANKER, "late": LATE}
+    found: dict[str, Any] = {"measured": machine(), "recipes": {name: asdict(recipe) for name, recipe in recipes.items()}}
     found["loop_s"] = loop(bench)
     others(bench)
     found["test"] = judge(bench)
