@@ -6,7 +6,7 @@ encoder can make no vector of is in the quarantine of its unit: vectors + quaran
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -51,6 +51,10 @@ class Pick(BaseModel):
     runs: tuple[tuple[int, int], ...]
 
 
+Rows = tuple[DataFile, Keys, npt.NDArray[np.int64]]
+"""Some passages of a snapshot part: its file, their keys and row numbers, both ascending."""
+
+
 class EmbedUnit(BaseModel):
     """Passages to encode together: rows of snapshot parts, one occurrence of each key."""
 
@@ -60,32 +64,31 @@ class EmbedUnit(BaseModel):
     passages: int
 
 
-def plan_embedding(
-    parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64]]], stored: Keys, unit_passages: int
-) -> list[EmbedUnit]:
-    """Units over the keys that ``stored`` (sorted) lacks, each key once, in part order, of about equal size.
-
-    Each part comes with the keys that count and their row numbers.
-    """
-    if not parts:
-        return []
-    keys = np.concatenate([part_keys for _, part_keys, _ in parts])
-    part_of = np.repeat(np.arange(len(parts)), [len(part_keys) for _, part_keys, _ in parts])
-    row_of = np.concatenate([rows for _, _, rows in parts])
-    distinct, first = np.unique(keys, return_index=True)
-    todo = np.sort(first[~is_among(distinct, stored)])
-    if not len(todo):
-        return []
-    units = np.array_split(todo, -(-len(todo) // unit_passages))
-    return [_unit([file for file, _, _ in parts], keys, part_of, row_of, chunk) for chunk in units]
+def plan_embedding(missing: Iterable[Rows], unit_passages: int, total: int) -> list[EmbedUnit]:
+    """Units of about equal size over ``total`` passages, each key once, in part order; one part is in memory at a time."""
+    count = -(-total // unit_passages)
+    units: list[EmbedUnit] = []
+    taken: list[Rows] = []
+    for file, keys, rows in missing:
+        start = 0
+        while start < len(rows):
+            size = total // count + (len(units) < total % count)
+            end = start + size - sum(len(part[1]) for part in taken)
+            taken.append((file, keys[start:end], rows[start:end]))
+            start = end
+            if sum(len(part[1]) for part in taken) == size:
+                units.append(_unit(taken))
+                taken = []
+    return units
 
 
 def plan_contexts(
     parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64], Keys]], stored: Keys, unit_passages: int
 ) -> list[EmbedUnit]:
-    """The same for passages that are read in a context: of each context that lacks one all are in one unit.
+    """The same for passages that are read in a context: of each context that ``stored`` lacks one of, all are in one unit.
 
-    Each part comes with the names of its contexts too; a passage without one is a context itself.
+    Each part comes with the keys that count, their row numbers and the names of their contexts; a passage without one is a
+    context itself. All of them are in memory.
     """
     if not parts:
         return []
@@ -104,19 +107,18 @@ def plan_contexts(
         fitting = int(np.searchsorted(ends, start + unit_passages, side="right"))
         following = int(np.searchsorted(ends, start, side="right"))
         end = int(ends[max(fitting - 1, following)])
-        units.append(_unit([part[0] for part in parts], keys, part_of, row_of, np.sort(order[start:end])))
+        chosen = np.sort(order[start:end])
+        of_part = {number: chosen[part_of[chosen] == number] for number in np.unique(part_of[chosen])}
+        units.append(_unit([(parts[number][0], keys[rows], row_of[rows]) for number, rows in of_part.items()]))
         start = end
     return units
 
 
-def _unit(
-    files: Sequence[DataFile], keys: Keys, part_of: npt.NDArray[np.int64], row_of: npt.NDArray[np.int64], chosen: Any
-) -> EmbedUnit:
-    """Some of the passages of all parts."""
-    picks = tuple(
-        Pick(file=files[part], runs=_runs(row_of[chosen[part_of[chosen] == part]])) for part in np.unique(part_of[chosen])
-    )
-    return EmbedUnit(name=sha256(np.sort(keys[chosen]).tobytes())[:20], picks=picks, passages=len(chosen))
+def _unit(parts: Sequence[Rows]) -> EmbedUnit:
+    """Passages of some parts."""
+    keys = np.concatenate([keys for _, keys, _ in parts])
+    picks = tuple(Pick(file=file, runs=_runs(rows)) for file, _, rows in parts)
+    return EmbedUnit(name=sha256(np.sort(keys).tobytes())[:20], picks=picks, passages=len(keys))
 
 
 def put_embeddings(

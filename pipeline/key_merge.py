@@ -5,7 +5,7 @@ embedding shard; keys are hashes, so equal ranges of them hold about equally man
 key that several embedding shards hold is taken from the one whose unit name is lowest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ from pipeline.index_shard import open_codes
 from pipeline.ingestion import PASSAGE_SCHEMA
 from pipeline.job import Job
 from pipeline.manifest import DocumentsFile, Record, TrainedManifest
-from pipeline.shards import KEY_DTYPE, ROW_GROUP_ROWS, Cursor, Keys, is_among, keys_of, to_rows
+from pipeline.shards import ROW_GROUP_ROWS, Cursor, Keys, is_among, key_bounds, keys_of, to_rows
 from pipeline.snapshot import Part
 
 RANGE_PASSAGES = 1 << 12
@@ -113,7 +113,7 @@ def merge_rows(sources: Sources, vectors: Path, folder: Path, codes: Path) -> Co
     texts = [Cursor(job.storage, layout.PASSAGES, part.file, DOCUMENT_COLUMNS, part.masked) for part in sources.parts]
     shards = [_open(sources, record) for record in sorted(sources.shards, key=lambda record: record.unit)]
     with DocumentsWriter(folder, counts.rows) as writer, vectors.open("wb") as vectors_out, codes.open("wb") as codes_out:
-        for bound in _bounds(counts.rows, passages):
+        for bound in key_bounds(counts.rows, passages):
             table = pa.concat_tables([piece for cursor in texts for piece in cursor.take_until(bound)])
             keys = keys_of(table.column("key"))
             live = np.unique(keys)
@@ -145,15 +145,6 @@ def _open(sources: Sources, record: Record) -> _Shard:
     vectors = open_embeddings(job.embeddings, job.embedding_folder, record, sources.trained.dim)
     codes = open_codes(job.storage, sources.trained, record, sources.code_size) if sources.has_codes else None
     return _Shard(record, vectors, codes, job.storage.at(f"{layout.index_shards(sources.trained.trained)}/{record.unit}.json"))
-
-
-def _bounds(rows: int, passages: int) -> Iterator[bytes | None]:
-    """Upper ends of equal ranges of keys that hold about so many rows each; None is the last one's."""
-    ranges = max(1, -(-rows // passages))
-    width = KEY_DTYPE.itemsize
-    for number in range(1, ranges):
-        yield ((number << (8 * width)) // ranges).to_bytes(width, "big")
-    yield None
 
 
 def _write_documents(writer: DocumentsWriter, table: Any, keys: Keys, live: Keys, first: int) -> None:

@@ -5,6 +5,7 @@ Only token ids travel through the object store; the actor that makes vectors wri
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray.data
 
-from pipeline import retries
+from pipeline import layout, retries
+from pipeline.anti_join import missing_passages
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
     MAX_UNIT_PASSAGES,
@@ -29,8 +31,8 @@ from pipeline.job import Event, Job, stage
 from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
 from pipeline.numerics import machine_name
-from pipeline.shards import KEY_DTYPE
-from pipeline.snapshot import ceiling, part_contexts, part_keys, parts
+from pipeline.shards import KEY_DTYPE, read_keys
+from pipeline.snapshot import Part, ceiling, part_contexts, part_keys, parts
 from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
@@ -63,17 +65,9 @@ LOST_UNITS_PER_ENCODER = 2 * ACTOR_THREADS
 def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     """Encode what the store lacks of a snapshot; returns how many passages that were."""
     found = parts(job.storage, snapshot)
-    keyed = [(part.file, part_keys(job.storage, part), part.kept) for part in found]
-    folder, records = job.embedding_folder, job.embedding_records()
-    known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
-    passages = sum(len(keys) for _, keys, _ in keyed)
+    passages = sum(part.rows for part in found)
     pooled_tokens = snapshot.counts["tokens"] if job.spec.window else 0
-    size = unit_passages(job.config.compute, cluster, passages, pooled_tokens)
-    if job.config.passages.late:
-        named = [(*each, part_contexts(job.storage, part)) for each, part in zip(keyed, found, strict=True)]
-        units = plan_contexts(named, known, size)
-    else:
-        units = plan_embedding(keyed, known, size)
+    units = _plan(job, found, unit_passages(job.config.compute, cluster, passages, pooled_tokens))
     total = sum(unit.passages for unit in units)
     machine = machine_name(cluster.threads(job.config.compute)) if cluster.nodes == 1 else None
     document_bytes = sum(part.file.size_bytes for part in found)
@@ -87,6 +81,22 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     there = f"{passages - total} were there or are duplicates"
     job.say(Event("embed", f"{total} passages encoded, {there}{_summary(done)}", total, total))
     return total
+
+
+def _plan(job: Job, found: Sequence[Part], size: int) -> list[EmbedUnit]:
+    """Units of about ``size`` passages over what the store lacks."""
+    folder, records = job.embedding_folder, job.embedding_records()
+    if job.config.passages.late:
+        known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
+        named = [(part.file, part_keys(job.storage, part), part.kept, part_contexts(job.storage, part)) for part in found]
+        return plan_contexts(named, known, size)
+    missing = missing_passages(job.storage, found, job.embeddings, folder, records)
+    rows = (
+        (part.file, read_keys(job.storage, layout.PASSAGES, part.file)[mask], np.flatnonzero(mask))
+        for part, mask in zip(found, missing, strict=True)
+        if mask.any()
+    )
+    return plan_embedding(rows, size, sum(int(mask.sum()) for mask in missing))
 
 
 def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int, pooled_tokens: int) -> int:
