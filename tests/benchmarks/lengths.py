@@ -30,7 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "windows of 256": {},
     "windows of 128": {"passages": {"tokens": 128}},
     "mean of windows of 256": {"passages": {"pool": "mean"}},
-    "mean of windows of 128": {"passages": {"pool": "mean", "tokens": 128}},
     "cut at 512": {"passages": {"long": "truncate"}, "encoder": {"max_tokens": 512}},
     "windows of 128, late, of 512": {"passages": {"late": True, "tokens": 128}, "encoder": {"max_tokens": 512}},
 }

@@ -32,8 +32,8 @@ from tests.conftest import SHARED_DATA
 DATASETS = ("scifact", "cacm")
 MAX_TOKENS = 128
 IN_BATCH = Recipe(epochs=2, batch=32, learning_rate=5e-5, negatives=0, max_tokens=MAX_TOKENS)
-RERANKER = Recipe(epochs=2, batch=4, learning_rate=5e-5, negatives=3, max_tokens=192)
-LATE = Recipe(epochs=2, batch=32, learning_rate=5e-5, negatives=1, max_tokens=192)
+RERANKER = Recipe(epochs=2, batch=4, learning_rate=5e-5, negatives=3, max_tokens=MAX_TOKENS)
+LATE = Recipe(epochs=2, batch=32, learning_rate=5e-5, negatives=1, max_tokens=MAX_TOKENS)
 
 
 class Bench:
