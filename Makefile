@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo test image image-test up down soak audit-packages lint format bench bench-encoder bench-index \
-	bench-nights bench-training bench-service config-reference clean
+	bench-nights bench-training bench-service bench-scale config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,11 @@ bench-training: $(INSTALLED)  ## train on SciFact's judgements, measure that, wa
 	$(BIN)/python tests/benchmarks/lengths.py $(FOLDER)/training
 	$(BIN)/python tests/benchmarks/retrieval.py $(FOLDER)/training
 	$(BIN)/python tests/benchmarks/quality.py $(FOLDER)/training
+
+bench-scale: $(INSTALLED)  ## measure growth to a million passages, and the pipeline of 64 simulated GPUs; an hour
+	mkdir -p $(FOLDER)
+	$(BIN)/python tests/benchmarks/scale.py $(FOLDER) $(STATIC) minilm 10000 minilm 30000
+	$(BIN)/python tests/benchmarks/simulated.py
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts; an hour
 	mkdir -p $(FOLDER)

@@ -169,6 +169,13 @@ class S3Server:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
     """SeaweedFS, started for the session, with an empty bucket ``test``."""
+    with seaweed() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def seaweed() -> Iterator[S3Server]:
+    """The same for the length of a block."""
     folder = Path(tempfile.mkdtemp(prefix="weed"))
     ports = _free_ports(6)
     actions = ["Admin", "Read", "Write", "List", "Tagging"]

@@ -233,23 +233,27 @@ class EncoderActor:
     """One encoder on one GPU or one share of a node's cores."""
 
     def __init__(self, spec: EncoderSpec, storage: Storage, folder: str, threads: int, calibrate: bool) -> None:
-        from pipeline.calibration import calibrate as tune_batches
-        from pipeline.encoder import Encoder
-
         metering.actor_started()
+        self._storage = storage
         self._encoder: Encoder | VecmillError
         try:
-            self._encoder = Encoder(spec, threads=threads)
-            if calibrate:
-                tune_batches(self._encoder)
+            self._encoder = self._load(spec, threads, calibrate)
         except VecmillError as error:  # raised by the first call: Ray keeps only the text of an error in a constructor
             self._encoder = error
-        self._storage = storage
         self._folder = folder
         self._alone = threading.Lock()
         self._peak = 0.0
         self._machine = machine_name(threads)
         self._idle_since = time.perf_counter()
+
+    def _load(self, spec: EncoderSpec, threads: int, calibrate: bool) -> "Encoder":
+        from pipeline.calibration import calibrate as tune_batches
+        from pipeline.encoder import Encoder
+
+        encoder = Encoder(spec, threads=threads)
+        if calibrate:
+            tune_batches(encoder)
+        return encoder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encode one tokenized unit, write its shard and record; calls run side by side, but one encodes at a time."""

@@ -16,7 +16,7 @@ KINDS = ("reset", "slow down", "server error", "truncated", "lost reply")
 
 
 class FaultProxy:
-    """``share`` of the requests end in one of ``kinds``; ``broken`` counts them, ``requests`` counts all.
+    """``share`` of the requests end in one of ``kinds``; ``broken`` counts them, ``methods`` all of them by method.
 
     Every kind comes before any comes again, so that a few dozen faults meet them all whatever order requests arrive in.
     """
@@ -25,13 +25,13 @@ class FaultProxy:
         self.endpoint = ""
         self.share, self.kinds = share, kinds
         self._owed = 0.0  # faults, by the share of the requests so far
-        self.requests = 0
+        self.methods: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self._target = target
         self._session: aiohttp.ClientSession | None = None
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self.requests += 1
+        self.methods[request.method] += 1
         body = await request.read()
         fault = self._fault(request.method)
         if fault == "reset":

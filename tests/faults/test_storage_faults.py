@@ -41,7 +41,7 @@ def test_a_job_over_a_bad_connection_makes_the_right_artifact(tmp_path, s3):
         outcome = reindex(config)
     assert outcome.committed
     assert outcome.live.counts["documents"] == outcome.encoded == 300
-    assert set(proxy.broken) == set(KINDS), f"{proxy.requests} requests were too few to meet every fault"
+    assert set(proxy.broken) == set(KINDS), f"{proxy.methods.total()} requests were too few to meet every fault"
     assert 0 < outcome.retries <= sum(proxy.broken.values())
     report = Storage(bucket.at("root"), s3.store_config).read(f"{layout.artifact(outcome.live.version)}/report.json")
     assert 0 < json.loads(report)["retries"] <= outcome.retries
@@ -84,7 +84,7 @@ def test_a_refusal_is_not_tried_again(s3, tmp_path):
         retries.taken()
         with pytest.raises(StorageError, match=r"there: cannot write it.*credentials"):
             storage.put("there", b"x")
-        assert proxy.requests == 1
+        assert proxy.methods.total() == 1
         assert retries.taken() == 0
 
 

@@ -1,0 +1,193 @@
+"""Measures how a whole ``reindex`` grows from 10,000 to a million passages; writes scale.json. Half an hour on 2 slow cores.
+
+``python tests/benchmarks/scale.py FOLDER STATIC [MODEL SIZE ...]``: FOLDER as for index.py, STATIC a folder with a static
+model, by which all sizes are encoded, so that what is measured is the pipeline and not a model; ``minilm 10000`` adds a size
+by MiniLM. Each run is the command over JSON lines in files of 25,000 documents, on local files. Exponents are of wall time
+above that of the same command over ten documents. Memory is that of a process without mapped files (RssAnon), the most that a
+sample saw. Requests are those of a root on SeaweedFS, counted by a proxy before it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HOME = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(HOME))
+
+from pipeline.config_file import load_config
+from pipeline.journal import last_runs
+from pipeline.storage import Storage
+from tests.benchmarks import debian
+from tests.benchmarks.simulated import cpu_seconds
+from tests.benchmarks.spine import machine
+from tests.conftest import seaweed, write_jsonl
+from tests.faults.proxy import faults_before
+
+SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
+COUNTED = (10_000, 100_000)
+"""Sizes whose requests to an object store are counted."""
+START_UP = 10
+FILE_DOCUMENTS = 25_000
+INTERVAL_S = 0.2
+
+
+def main() -> None:
+    folder, static = Path(sys.argv[1]).absolute(), str(Path(sys.argv[2]).absolute())
+    texts = debian.documents_and_sentences(folder)
+    asked = [("static", size) for size in SIZES] + list(zip(sys.argv[3::2], map(int, sys.argv[4::2]), strict=True))
+    encoders = {"static": {"model": static}, "minilm": {}}
+    found: dict[str, Any] = {"measured": machine(), "documents": len(texts), "start_up": {}, "runs": []}
+    for model in dict.fromkeys(model for model, _ in asked):
+        measure(folder / "scale", texts[:START_UP], encoders[model])  # the first run of a machine traces a model
+        found["start_up"][model] = measure(folder / "scale", texts[:START_UP], encoders[model])["wall_s"]
+    for model, size in asked:
+        found["runs"].append({"model": model} | measure(folder / "scale", texts[:size], encoders[model]))
+        print(json.dumps(found["runs"][-1]), flush=True)
+    for model in found["start_up"]:
+        exponents([run for run in found["runs"] if run["model"] == model], found["start_up"][model])
+    found["requests"] = [requests(folder / "scale", texts[:size], encoders["static"]) for size in COUNTED]
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found["requests"]))
+
+
+def measure(home: Path, texts: list[str], encoder: dict[str, str]) -> dict[str, Any]:
+    """A run from nothing on local files."""
+    with prepared(home, texts) as corpus:
+        config = write_config(home, corpus, f"{home}/root", encoder)
+        with cpu_seconds() as cpu:
+            result, wall_s, memory = reindex(config)
+        (state,) = last_runs(Storage(f"{home}/root"), 1)
+        live = result["live"]
+        stored = sum(file.stat().st_size for file in (home / "root").rglob("*") if file.is_file())
+        return {
+            "documents": len(texts), "passages": live["passages"], "kind": live["index"]["kind"],
+            "recall": live["recall"]["mean"], "wall_s": wall_s, "cpu_s": round(cpu[0], 1),
+            "stages_s": {stage.stage: round(stage.elapsed_s, 2) for stage in state.stages if stage.elapsed_s >= 0.01},
+            "corpus_bytes": sum(file.stat().st_size for file in corpus.iterdir()), "root_bytes": stored, **memory,
+        }  # fmt: skip
+
+
+def requests(home: Path, texts: list[str], encoder: dict[str, str]) -> dict[str, Any]:
+    """Requests of a run whose root is a bucket, and of the next, which finds nothing to do."""
+    found: dict[str, Any] = {"documents": len(texts)}
+    with prepared(home, texts) as corpus, seaweed() as server, faults_before(server.endpoint, 0.0) as proxy:
+        s3 = server.store["s3"] | {"endpoint_url": proxy.endpoint}
+        config = write_config(home, corpus, f"s3://test/scale-{len(texts)}", encoder, store={"s3": s3})
+        for name in ("first", "idle"):
+            before = Counter(proxy.methods)
+            reindex(config)
+            found[name] = dict(sorted((proxy.methods - before).items()))
+    return found
+
+
+@contextlib.contextmanager
+def prepared(home: Path, texts: list[str]) -> Iterator[Path]:
+    """A corpus in files, for the length of a block."""
+    corpus = home / "corpus"
+    corpus.mkdir(parents=True)
+    try:
+        for first in range(0, len(texts), FILE_DOCUMENTS):
+            numbered = enumerate(texts[first : first + FILE_DOCUMENTS], first)
+            write_jsonl(corpus / f"{first:07d}.jsonl", ({"id": str(number), "text": text} for number, text in numbered))
+        yield corpus
+    finally:
+        shutil.rmtree(home)
+
+
+def write_config(home: Path, corpus: Path, root: str, encoder: dict[str, str], **sections: Any) -> Path:
+    config = home / "config.yaml"
+    config.write_text(json.dumps({"root": root, "corpus": {"uri": str(corpus)}, "encoder": encoder, **sections}))
+    load_config(config)
+    return config
+
+
+def reindex(config: Path) -> tuple[dict[str, Any], float, dict[str, int]]:
+    """The command's result, its wall seconds, and the memory of its processes."""
+    command = [sys.executable, "-m", "jobs", "reindex", "-c", str(config), "--json", "-q"]
+    with tempfile.TemporaryDirectory(prefix="vm", dir="/tmp") as temporary:  # Ray's socket paths have a length limit
+        started = time.perf_counter()
+        run = subprocess.Popen(command, cwd=HOME, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_TMPDIR": temporary})
+        with watched(run.pid) as peaks:
+            output = run.communicate()[0]
+        wall_s = round(time.perf_counter() - started, 1)
+        if run.returncode:
+            raise SystemExit(f"vecmill reindex ended with {run.returncode}")
+        spilled = (file for file in Path(temporary).rglob("ray_spilled_objects*/*") if file.is_file())
+        peaks["spilled"] = sum(file.stat().st_size for file in spilled)
+    return json.loads(output.splitlines()[-1]), wall_s, {f"{name}_bytes": size for name, size in peaks.items()}
+
+
+@contextlib.contextmanager
+def watched(driver: int) -> Iterator[dict[str, int]]:
+    """Peaks of memory while a block runs: of the driver, of the largest worker, of all processes of its session together."""
+    peaks = {"driver": 0, "worker": 0, "all": 0, "shared": 0}
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(INTERVAL_S):
+            sizes = {pid: memory for pid in session(driver) if (memory := memory_of(pid)) is not None}
+            now = {
+                "driver": sizes.get(driver, (0, 0))[0],
+                "worker": max((own for pid, (own, _) in sizes.items() if pid != driver), default=0),
+                "all": sum(own for own, _ in sizes.values()),
+                "shared": max((shared for _, shared in sizes.values()), default=0),
+            }
+            for name, size in now.items():
+                peaks[name] = max(peaks[name], size)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        over.set()
+        thread.join()
+
+
+def session(driver: int) -> Iterator[int]:
+    """Processes that a command started, itself among them."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    for pid in parents:
+        at: int | None = pid
+        while at and at != driver:
+            at = parents.get(at)
+        if at == driver:
+            yield pid
+
+
+def memory_of(pid: int) -> tuple[int, int] | None:
+    """Bytes of a process: its own, and shared memory that it has touched (the object store)."""
+    with contextlib.suppress(OSError, KeyError):  # it may have ended
+        status = Path(f"/proc/{pid}/status").read_text()
+        lines = (line for line in status.splitlines() if line.startswith("Rss"))
+        sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        return sizes["RssAnon"], sizes["RssShmem"]
+    return None
+
+
+def exponents(runs: list[dict[str, Any]], start_up: float) -> None:
+    """Each run's growth of wall time over the one before, as an exponent of passages, both above start-up."""
+    for before, run in pairwise(runs):
+        times = [max(each["wall_s"] - start_up, 0.1) for each in (before, run)]
+        run["exponent"] = round(math.log(times[1] / times[0]) / math.log(run["passages"] / before["passages"]), 2)
+
+
+if __name__ == "__main__":
+    main()
