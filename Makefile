@@ -98,6 +98,7 @@ bench-scale: $(INSTALLED)  ## measure growth to a million passages, and the pipe
 	mkdir -p $(FOLDER)
 	$(BIN)/python tests/benchmarks/scale.py $(FOLDER) $(STATIC) minilm 10000 minilm 30000
 	$(BIN)/python tests/benchmarks/simulated.py
+	$(BIN)/python tests/benchmarks/capacity.py
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts; an hour
 	mkdir -p $(FOLDER)

@@ -29,6 +29,7 @@ HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
 from pipeline.config_file import load_config
+from pipeline.job import plan_job
 from pipeline.journal import last_runs
 from pipeline.storage import Storage
 from tests.benchmarks import debian
@@ -91,6 +92,7 @@ def requests(home: Path, texts: list[str], encoder: dict[str, str]) -> dict[str,
             before = Counter(proxy.methods)
             reindex(config)
             found[name] = dict(sorted((proxy.methods - before).items()))
+        found["shards"] = len(plan_job(load_config(config), on_gpu=False).embedding_records())
     return found
 
 

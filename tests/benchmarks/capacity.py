@@ -1,0 +1,150 @@
+"""What a thousand million passages of 1,024 dimensions would take, from what was measured; writes capacity.json. A minute.
+
+``python tests/benchmarks/capacity.py``. Constants come from the JSON files beside this one and from the code that plans a run;
+the anti-join is measured here. What nobody here could measure, the rate of a GPU and prices, is assumed and named so.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HOME = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(HOME))
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import anti_join, layout
+from pipeline.config_what import IndexConfig
+from pipeline.embeddings import MAX_UNIT_PASSAGES
+from pipeline.forecast import PASSAGE_BYTES, Ahead, sizes
+from pipeline.index_plan import choose, is_coded
+from pipeline.manifest import DataFile, Record
+from pipeline.passages import KEY_BYTES
+from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes
+from pipeline.snapshot import Part
+from pipeline.storage import Storage
+from tests.benchmarks.spine import machine
+from tests.conftest import make_config
+
+PASSAGES, DIM = 1_000_000_000, 1024
+ASSUMED: dict[str, float] = {
+    "gpus": 64, "tokens_per_s_per_gpu": 100_000, "tokens_per_passage": 150, "text_bytes_per_passage": 400,
+    "cores_beside_each_gpu": 8, "usd_per_gpu_hour": 2.5, "usd_per_1000_puts": 0.005, "usd_per_1000_gets": 0.0004,
+}  # fmt: skip
+JOINED, FILES = 2_000_000, 64
+"""Keys of a snapshot and as many of a store, half of them shared."""
+
+
+def main() -> None:
+    home = Path(__file__).parent
+    measured = {name: json.loads((home / f"{name}.json").read_text()) for name in ("index", "merge", "scale", "simulated")}
+    plan = choose(IndexConfig(), PASSAGES, DIM)
+    assert is_coded(plan.kind)
+    found: dict[str, Any] = {"measured": machine(), "passages": PASSAGES, "dim": DIM, "assumed": ASSUMED}
+    found["plan"] = {name: getattr(plan, name) for name in ("kind", "nlist", "m", "nbits", "train_vectors")}
+    found["anti_join"] = join = measure_join()
+    found["encode"] = encode(measured["simulated"])
+    tokens, texts = (PASSAGES * ASSUMED[f"{name}_per_passage"] for name in ("tokens", "text_bytes"))
+    ahead = Ahead(PASSAGES, round(tokens), texts, PASSAGES, round(ASSUMED["gpus"]), None)
+    found["bytes"] = sizes(make_config("/nowhere", "/nowhere"), plan, ahead, DIM)
+    found["memory_bytes"] = {
+        "anti-join, of keys": round(join["bytes_per_key"] * anti_join.KEYS_AT_ONCE),
+        "anti-join, a byte per passage": PASSAGES,
+        "live keys in one task": KEY_BYTES * PASSAGES,
+        "training sample": 4 * DIM * plan.train_vectors,
+        "merge, a passage": PASSAGE_BYTES,
+        "merge, passages": PASSAGE_BYTES * PASSAGES,
+    }
+    found["hours"] = hours(measured, plan, found["bytes"], join)
+    found["requests"] = requests(measured["scale"])
+    found["usd"] = {
+        "encoding": round(found["encode"]["gpu_hours"] * ASSUMED["usd_per_gpu_hour"]),
+        "requests": round(sum(found["requests"][kind] * ASSUMED[f"usd_per_1000_{kind}s"] / 1000 for kind in ("put", "get")), 2),
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def encode(simulated: dict[str, Any]) -> dict[str, float]:
+    tokens = PASSAGES * ASSUMED["tokens_per_passage"]
+    gpu_hours = tokens / ASSUMED["tokens_per_s_per_gpu"] / 3600
+    many, core = simulated["actors"][-1], simulated["tokenizer"]["tokens_per_s_per_core"]
+    return {
+        "gpu_hours": round(gpu_hours, 1),
+        "efficiency": many["efficiency"],
+        "hours": round(gpu_hours / ASSUMED["gpus"] / many["efficiency"], 2),
+        "tokenizer_cores": round(ASSUMED["gpus"] * ASSUMED["tokens_per_s_per_gpu"] / core, 1),
+        "shards": -(-PASSAGES // MAX_UNIT_PASSAGES["gpu"]),
+    }
+
+
+def hours(measured: dict[str, Any], plan: Any, size: dict[str, int], join: dict[str, Any]) -> dict[str, float]:
+    """Training and adding scaled by vectors, dimensions and the square root of lists; the merge by bytes."""
+    growth = measured["index"]["growth"]["static"]["rows"][-1]
+    cores, dim = 2, 256
+    lists = (plan.nlist / growth["nlist"]) ** 0.5 * DIM / dim
+    sample = choose(IndexConfig(kind=plan.kind), growth["vectors"], dim).train_vectors
+    workers = ASSUMED["gpus"] * ASSUMED["cores_beside_each_gpu"]
+    add = growth["add_s"] * cores * PASSAGES / growth["vectors"] * lists / 3600
+    merged = measured["merge"]["default settings"]
+    row_bytes = 2 * dim + merged["build"]["index_bytes"] / merged["build"]["passages"] + ASSUMED["text_bytes_per_passage"]
+    rate = merged["build"]["passages"] * row_bytes / merged["merge"]["default"]["seconds"]
+    return {
+        "anti-join": round(2 * PASSAGES / join["keys_per_s"] / 3600, 2),
+        "training, core hours": round(growth["train_s"] * cores * plan.train_vectors / sample * lists / 3600, 1),
+        "adding, core hours": round(add, 1),
+        "adding": round(add / workers, 2),
+        "merge, bytes per second": round(rate),
+        "merge": round(size["artifact_bytes"] / rate / 3600, 1),
+    }
+
+
+def requests(scale: dict[str, Any]) -> dict[str, float]:
+    """Requests by what an embedding shard adds to them, from two measured sizes."""
+    few, many = scale["requests"]
+    shards = -(-PASSAGES // MAX_UNIT_PASSAGES["gpu"])
+    more = {kind: many["first"].get(kind, 0) - few["first"].get(kind, 0) for kind in ("PUT", "GET", "HEAD")}
+    each = {kind: count / (many["shards"] - few["shards"]) for kind, count in more.items()}
+    return {
+        "per shard": round(sum(each.values()), 1),
+        "put": round(each["PUT"] * shards),
+        "get": round((each["GET"] + each["HEAD"]) * shards),
+    }
+
+
+def measure_join() -> dict[str, Any]:
+    """An anti-join of keys in files, all at once: what a key takes in memory and time."""
+    rng = np.random.default_rng(1)
+    every = np.sort(np.frombuffer(rng.bytes(KEY_BYTES * JOINED * 3 // 2), dtype=KEY_DTYPE))
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Storage(folder)
+
+        def put(where: str, keys: Any, number: int) -> DataFile:
+            data = parquet_bytes(pa.table({"key": fixed_binary(keys)}), compress=False)
+            storage.create(f"{where}/{number}.parquet", data)
+            return DataFile(name=f"{number}.parquet", rows=len(keys), size_bytes=len(data), sha256="0")
+
+        parts, records = [], []
+        for number in range(FILES):
+            parts.append(Part(put(layout.PASSAGES, every[:JOINED][number::FILES], number), np.empty(0, dtype=np.int64)))
+            records.append(Record(unit=str(number), files=(put("e", every[-JOINED:][number::FILES], number),)))
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        missing = anti_join.missing_passages(storage, parts, storage, "e", records, 2 * JOINED)
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert sum(int(mask.sum()) for mask in missing) == JOINED // 2
+    return {
+        "keys": 2 * JOINED, "files": 2 * FILES, "seconds": round(seconds, 2), "keys_per_s": round(2 * JOINED / seconds),
+        "bytes_per_key": round(1024 * peak / (2 * JOINED), 1),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
