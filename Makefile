@@ -47,8 +47,11 @@ up: docker/.env  ## a Ray cluster, an S3 store and the search service in contain
 down:  ## stop them and delete their volumes
 	docker compose --file docker/compose.yaml down --volumes
 
-soak: $(INSTALLED)  ## longer fault tests: ten thousand publishes under a reader, more orders of events; minutes
+MINUTES ?= 120
+
+soak: $(INSTALLED)  ## longer fault tests, and MINUTES of change, reindex, crash and search on an S3 server
 	VECMILL_PUBLISHES=10000 VECMILL_EXAMPLES=300 $(BIN)/python -m pytest tests/faults/test_states.py
+	$(BIN)/python tests/faults/soak.py $(MINUTES)
 
 audit-packages: $(INSTALLED)  ## known vulnerabilities in the pinned versions; asks the package index
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit

@@ -157,7 +157,7 @@ def train_reranker(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a model for search.reranker: a cross-encoder (ListNet), or one of late interaction, answers above negatives."""
+    """Train a model for search.reranker: a cross-encoder (LCE), or one of late interaction, answers above negatives."""
     settings = load_config(config, tuple(overrides or ()))
     batch = batch or (32 if late else 4)
     negatives = (1 if late else 4) if negatives is None else negatives

@@ -1,9 +1,6 @@
 """Processes of a run killed while it works: the real model under Ray."""
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +24,7 @@ from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.e2e.test_reindex import search
 from tests.faults.killers import POISON, POISONED_FILE, DeadlyReader, KillsAtPoison, KillsOnce, ingest_row
+from tests.faults.sessions import end_session
 
 HOME = Path(__file__).parent.parent.parent
 KILL_AFTER = (
@@ -131,22 +129,6 @@ def test_documents_that_all_kill_their_process_end_the_run_in_one_line(tmp_path,
 def drive(config_file, log):
     command = [sys.executable, "-m", "jobs", "reindex", "-c", str(config_file), "--json"]
     return subprocess.Popen(command, cwd=HOME, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
-
-
-def end_session(process):
-    """Kill a driver with everything it started, as a power cut does: Ray's own watch over its driver takes ten seconds."""
-    process.kill()
-    process.wait()
-    while left := alive_of(process.pid):
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def alive_of(session):
-    """The processes of a session, less those that nobody has waited for yet."""
-    lines = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True).stdout.splitlines()
-    return [int(pid) for pid, state in map(str.split, lines) if not state.startswith("Z")]
 
 
 @pytest.mark.timeout(600)
