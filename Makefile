@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo test image image-test up down soak audit-packages lint format bench bench-encoder bench-index \
-	bench-nights bench-training bench-service bench-scale config-reference clean
+	bench-nights bench-training bench-service bench-scale bench-wholes config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,11 @@ bench-scale: $(INSTALLED)  ## measure growth to a million passages, and the pipe
 	$(BIN)/python tests/benchmarks/scale.py $(FOLDER) $(STATIC) minilm 10000 minilm 30000
 	$(BIN)/python tests/benchmarks/simulated.py
 	$(BIN)/python tests/benchmarks/capacity.py
+
+bench-wholes: $(INSTALLED)  ## measure whole pipelines side by side: scripts, Ray Data, Daft, autofaiss; an hour
+	mkdir -p $(FOLDER)
+	$(BIN)/python -m pip install --quiet --target $(FOLDER)/peers --no-deps $(PEERS) daft
+	PYTHONPATH=$(FOLDER)/peers $(BIN)/python tests/benchmarks/wholes.py $(FOLDER)
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts; an hour
 	mkdir -p $(FOLDER)

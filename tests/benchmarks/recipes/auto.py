@@ -1,0 +1,25 @@
+"""The script's vectors, and autofaiss for the index half: CORPUS OUT MODEL."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from autofaiss import build_index
+from sentence_transformers import SentenceTransformer
+
+if __name__ == "__main__":
+    corpus, out, model = sys.argv[1:]
+    rows = [json.loads(line) for file in sorted(Path(corpus).glob("*.jsonl")) for line in file.open()]
+    encoder = SentenceTransformer(model)
+    vectors = encoder.encode([row["text"] for row in rows], batch_size=32, normalize_embeddings=True)
+    np.save(f"{out}/vectors.npy", vectors)
+    build_index(
+        embeddings=vectors,
+        index_path=f"{out}/index.faiss",
+        index_infos_path=f"{out}/infos.json",
+        max_index_memory_usage=f"{len(vectors) * 64 // 1000}KB",
+        current_memory_available="4G",
+        metric_type="ip",
+    )
+    Path(f"{out}/ids.json").write_text(json.dumps([row["id"] for row in rows]))
