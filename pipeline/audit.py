@@ -59,22 +59,26 @@ def audit(config: Config, sample: int) -> Audit:
         raise VerificationError(f"{where}: {manifest.counts['passages']} passages, its snapshot has {len(live)}; {MENDING}")
     chosen = recall.training_sample(live, sample, config.index.seed, np.empty(0, dtype=np.int64))
     with local_files(job, manifest) as folder:
-        rows = _documents(Documents(folder, manifest.documents), live, where)
+        rows = _documents(Documents(folder, manifest.documents), live, where, late=config.passages.late)
         collection = open_collection(folder, manifest)
         _vectors(job, collection, live, chosen, where)
         codes, others = _entries(job, manifest, collection, chosen, where)
     return Audit(manifest.version, len(live), rows, len(chosen), codes, others)
 
 
-def _documents(documents: Documents, live: Keys, where: str) -> int:
-    """Every row's text has the key that its ordinal stands for, and every ordinal has a row."""
+def _documents(documents: Documents, live: Keys, where: str, *, late: bool) -> int:
+    """Every row's text has the key that its ordinal stands for, or ends as that where others decide it too (``late``).
+
+    And every ordinal has a row.
+    """
     seen = np.zeros(len(live), dtype=bool)
     rows = 0
     for name, first, batch in documents.batches(["ordinal", "text"]):
         ordinals = batch.column("ordinal").to_numpy()
         keys = np.array([passage_key(text.as_py()) for text in batch.column("text")], dtype=KEY_DTYPE)
         stood_for = live[ordinals.clip(0, len(live) - 1)]
-        wrong = np.flatnonzero((ordinals < 0) | (ordinals >= len(live)) | (_of_text(stood_for) != _of_text(keys)))
+        differs = _of_text(stood_for) != _of_text(keys) if late else stood_for != keys
+        wrong = np.flatnonzero((ordinals < 0) | (ordinals >= len(live)) | differs)
         if len(wrong):
             raise VerificationError(
                 f"{where}/{name}: row {first + int(wrong[0])} is not the text of passage {ordinals[wrong[0]]} of its snapshot; "

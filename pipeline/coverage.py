@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.embeddings import quarantined_keys
+from pipeline.embeddings import contexts_of, quarantined_keys
 from pipeline.errors import DataError
 from pipeline.job import Event, Job
 from pipeline.manifest import SnapshotManifest
@@ -24,7 +24,7 @@ class Coverage:
 def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
     """What an index of the snapshot covers; whatever it does not goes to the quarantine of the run.
 
-    Raises DataError when more passages are left out than the config accepts, or all.
+    Raises DataError when more passages are left out than the config accepts, or all. Those that are read together count as one.
     """
     records, total, left_out = job.embedding_records(), 0, np.empty(0, dtype=KEY_DTYPE)
     if any(record.rejected for record in records):
@@ -37,7 +37,7 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
         counts = f"{total} passages = {total - len(left_out)} with a vector + {len(left_out)} quarantined"
         job.say(Event("embed", f"{counts}, see {where}"))
         most = ceiling(job.config.corpus, total)
-        if len(left_out) > most or len(left_out) == total:
+        if len(np.unique(contexts_of(left_out))) > most or len(left_out) == total:
             raise DataError(
                 f"{where}: {len(left_out)} of {total} passages have no vector, the ceiling is {most}; "
                 "use another model or precision, or raise corpus.max_bad_fraction / max_bad_rows"

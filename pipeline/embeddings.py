@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import EncoderError, VerificationError
 from pipeline.fingerprint import sha256
 from pipeline.manifest import DataFile, Record, put_data, put_record
-from pipeline.passages import KEY_BYTES
+from pipeline.passages import CONTEXT_BYTES, KEY_BYTES
 from pipeline.shards import (
     KEY_DTYPE,
     Cursor,
@@ -56,69 +56,63 @@ Rows = tuple[DataFile, Keys, npt.NDArray[np.int64]]
 
 
 class EmbedUnit(BaseModel):
-    """Passages to encode together: rows of snapshot parts, one occurrence of each key."""
+    """Passages to encode together: rows of snapshot parts, one occurrence of each key. ``late``: contexts are read whole."""
 
     model_config = ConfigDict(frozen=True)
     name: str
     picks: tuple[Pick, ...]
     passages: int
+    late: bool = False
 
 
-def plan_embedding(missing: Iterable[Rows], unit_passages: int, total: int) -> list[EmbedUnit]:
-    """Units of about equal size over ``total`` passages, each key once, in part order; one part is in memory at a time."""
-    count = -(-total // unit_passages)
+def plan_embedding(missing: Iterable[Rows], size: int, *, late: bool = False) -> list[EmbedUnit]:
+    """Units of ``size`` passages, the last of the rest, each key once, in part order; one part is in memory at a time.
+
+    ``late``: passages that are read together are in one unit, which may be larger for them.
+    """
     units: list[EmbedUnit] = []
     taken: list[Rows] = []
+    room = size
     for file, keys, rows in missing:
         start = 0
         while start < len(rows):
-            size = total // count + (len(units) < total % count)
-            end = start + size - sum(len(part[1]) for part in taken)
+            end = min(start + room, len(rows))
+            if late:
+                contexts = contexts_of(keys)
+                end = int(np.searchsorted(contexts, contexts[end - 1], side="right"))
             taken.append((file, keys[start:end], rows[start:end]))
+            room -= end - start
             start = end
-            if sum(len(part[1]) for part in taken) == size:
-                units.append(_unit(taken))
-                taken = []
-    return units
+            if room <= 0:
+                units.append(_unit(taken, late))
+                taken, room = [], size
+    return [*units, _unit(taken, late)] if taken else units
 
 
-def plan_contexts(
-    parts: Sequence[tuple[DataFile, Keys, npt.NDArray[np.int64], Keys]], stored: Keys, unit_passages: int
-) -> list[EmbedUnit]:
-    """The same for passages that are read in a context: of each context that ``stored`` lacks one of, all are in one unit.
-
-    Each part comes with the keys that count, their row numbers and the names of their contexts; a passage without one is a
-    context itself. All of them are in memory.
-    """
-    if not parts:
-        return []
-    keys, row_of, contexts = (np.concatenate([part[place] for part in parts]) for place in (1, 2, 3))
-    part_of = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
-    wanted = np.flatnonzero(np.isin(contexts, np.unique(contexts[~is_among(keys, stored)])))
-    order = wanted[np.lexsort((row_of[wanted], part_of[wanted], contexts[wanted]))]
-    _, first, inverse = np.unique(contexts[order], return_index=True, return_inverse=True)
-    order = order[part_of[order] == part_of[order[first]][inverse]]  # of a context that several documents have
-    order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
-    order = order[np.lexsort((row_of[order], contexts[order], part_of[order]))]
-    ends = np.append(np.flatnonzero(contexts[order][1:] != contexts[order][:-1]) + 1, len(order))
-    units: list[EmbedUnit] = []
-    start = 0
-    while start < len(order):
-        fitting = int(np.searchsorted(ends, start + unit_passages, side="right"))
-        following = int(np.searchsorted(ends, start, side="right"))
-        end = int(ends[max(fitting - 1, following)])
-        chosen = np.sort(order[start:end])
-        of_part = {number: chosen[part_of[chosen] == number] for number in np.unique(part_of[chosen])}
-        units.append(_unit([(parts[number][0], keys[rows], row_of[rows]) for number, rows in of_part.items()]))
-        start = end
-    return units
+def even_size(total: int, most: int) -> int:
+    """The size of as few equal units as hold ``total``, each at most ``most``."""
+    return -(-total // max(1, -(-total // most)))
 
 
-def _unit(parts: Sequence[Rows]) -> EmbedUnit:
+def contexts_of(keys: Keys) -> Keys:
+    """What passages are read in, (n,) S10: those of late chunking that are read together have the same (see passages)."""
+    return keys.astype(f"S{CONTEXT_BYTES}")
+
+
+def whole_contexts(keys: Keys, counted: npt.NDArray[np.bool_], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """``missing`` rows of a part, (rows,), and all others of their contexts, each key once; ``counted``: rows that count."""
+    rows = np.flatnonzero(counted)
+    first = np.append(True, keys[rows][1:] != keys[rows][:-1])[: len(rows)]
+    found = np.zeros(len(keys), dtype=bool)
+    found[rows[first]] = np.isin(contexts_of(keys[rows[first]]), np.unique(contexts_of(keys[missing])))
+    return found
+
+
+def _unit(parts: Sequence[Rows], late: bool) -> EmbedUnit:
     """Passages of some parts."""
     keys = np.concatenate([keys for _, keys, _ in parts])
     picks = tuple(Pick(file=file, runs=_runs(rows)) for file, _, rows in parts)
-    return EmbedUnit(name=sha256(np.sort(keys).tobytes())[:20], picks=picks, passages=len(keys))
+    return EmbedUnit(name=sha256(np.sort(keys).tobytes())[:20], picks=picks, passages=len(keys), late=late)
 
 
 def put_embeddings(

@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.document_files import walked
 from pipeline.documents import count_passages, deleted_keys
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.ingestion import DOCUMENT_SCHEMA, LATE_SCHEMA, REJECTED_SCHEMA
+from pipeline.ingestion import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, REJECTED_SCHEMA
 from pipeline.job import new_run_id
 from pipeline.log import writing
 from pipeline.manifest import DataFile, Record, SnapshotManifest, list_records, put_data, to_bytes
@@ -146,7 +146,7 @@ def _without(storage: Storage, record: Record, ids: Any, id_keys: Keys, masked: 
     stem, counts = f"{layout.PASSAGES}/{record.unit}", dict(record.counts)
     files: list[DataFile] = []
     for file in record.files:
-        table = read_columns(storage, layout.PASSAGES, file, LATE_SCHEMA.names)
+        table = read_columns(storage, layout.PASSAGES, file, PASSAGE_SCHEMA.names)
         gone = _is_of(table, ids)
         if not gone.any():
             files.append(file)

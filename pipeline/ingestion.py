@@ -49,8 +49,6 @@ PASSAGE_SCHEMA = pa.schema(
         pa.field("metadata", pa.string()),
     ]
 )
-LATE_SCHEMA = pa.schema([*PASSAGE_SCHEMA, pa.field("context", pa.binary(KEY_BYTES))])
-"""Of a part with passages that are read in a context."""
 REJECTED_SCHEMA = pa.schema(
     [
         pa.field("source_uri", pa.string(), nullable=False),
@@ -129,9 +127,7 @@ class _Draft:
         """Store what is waiting as a part, sorted by key."""
         if self.buffer:
             self.buffer.sort(key=lambda row: (row["key"], row["doc_id"], row["passage"]))
-            is_late = any(row["context"] is not None for row in self.buffer)
-            table = pa.Table.from_pylist(self.buffer, schema=LATE_SCHEMA if is_late else PASSAGE_SCHEMA)
-            data = parquet_bytes(table, compress=True)
+            data = parquet_bytes(pa.Table.from_pylist(self.buffer, schema=PASSAGE_SCHEMA), compress=True)
             self.files.append(put_data(self.storage, self.stem, ".parquet", data, len(self.buffer)))
         self.buffer, self.chars = [], 0
 

@@ -15,16 +15,14 @@ from pipeline.tokenizer import TextTokenizer
 from pipeline.windows import Windows
 
 KEY_BYTES = 16
-TEXT_BYTES = 4
-"""At the end of every key: of the passage's text alone."""
+CONTEXT_BYTES, TEXT_BYTES = 10, 4
+"""Of a key: at its beginning what its passage is read in, which one that is read alone shares with none; at its end what its
+text alone decides."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One text to encode. ``tokens`` counts prompt and special tokens; ``truncated``: the encoder sees only its beginning.
-
-    ``context``: name of what it is read in, the passages of its document with the same name (late chunking).
-    """
+    """One text to encode. ``tokens`` counts prompt and special tokens; ``truncated``: the encoder sees only its beginning."""
 
     key: bytes
     start: int
@@ -32,7 +30,6 @@ class Passage:
     text: str
     tokens: int
     truncated: bool = False
-    context: bytes | None = None
 
 
 def passage_key(text: str) -> bytes:
@@ -40,17 +37,16 @@ def passage_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
 
 
-def late_keys(pieces: Sequence[tuple[bool, str]]) -> tuple[bytes, list[bytes]]:
-    """Name of the context that passages make together, and their keys, which it decides too: their last 4 bytes are as ever.
+def late_keys(pieces: Sequence[tuple[bool, str]]) -> list[bytes]:
+    """Keys of the passages that are read together (late chunking): their context, their place there, the end of their own key.
 
-    Each comes with whether there is a space before it.
+    Each comes with whether there is a space before it. In the order of their keys they are in that of their document.
     """
     own = [passage_key(text) for _, text in pieces]
     spaces = bytes(space for space, _ in pieces)
-    context = hashlib.blake2b(b"".join([spaces, *own]), digest_size=KEY_BYTES).digest()
-    size = KEY_BYTES - TEXT_BYTES
-    places = (hashlib.blake2b(context + number.to_bytes(4, "big"), digest_size=size) for number in range(len(own)))
-    return context, [place.digest() + key[-TEXT_BYTES:] for place, key in zip(places, own, strict=True)]
+    context = hashlib.blake2b(b"".join([spaces, *own]), digest_size=CONTEXT_BYTES).digest()
+    size = KEY_BYTES - CONTEXT_BYTES - TEXT_BYTES
+    return [context + number.to_bytes(size, "big") + key[-TEXT_BYTES:] for number, key in enumerate(own)]
 
 
 class Splitter:
@@ -112,10 +108,9 @@ class Splitter:
                 (window,), ((_, piece),) = windows, pieces
                 passages.append(Passage(passage_key(piece), window.start, window.end, piece, window.tokens, window.truncated))
                 continue
-            name, keys = late_keys(pieces)
             spare = [0, *[self._windows.frame_tokens] * (len(windows) - 1)]  # prompt and special tokens are in a context once
             passages += [
-                Passage(key, each.start, each.end, piece, each.tokens - frame, each.truncated, name)
-                for key, each, (_, piece), frame in zip(keys, windows, pieces, spare, strict=True)
+                Passage(key, each.start, each.end, piece, each.tokens - frame, each.truncated)
+                for key, each, (_, piece), frame in zip(late_keys(pieces), windows, pieces, spare, strict=True)
             ]
         return passages

@@ -17,6 +17,7 @@ from pipeline import layout
 from pipeline.batching import lengths_of, pack_batches
 from pipeline.corpus import RejectedRow, SourceDocument, read_documents, read_ids
 from pipeline.documents import deleted_keys, resolve
+from pipeline.embeddings import contexts_of
 from pipeline.errors import ConfigError, DataError
 from pipeline.forecast import Ahead, Rate, learned_rate, sizes
 from pipeline.formats import count_rows
@@ -28,9 +29,9 @@ from pipeline.manifest import InputFile
 from pipeline.model import EncoderSpec
 from pipeline.numerics import cpu_threads, machine_name
 from pipeline.passages import Splitter
-from pipeline.shards import parquet_bytes, read_columns
+from pipeline.shards import keys_of, parquet_bytes, read_columns
 from pipeline.slices import Slice
-from pipeline.snapshot import live_keys, parts, put_snapshot
+from pipeline.snapshot import Part, live_keys, parts, put_snapshot
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 from pipeline.units import IngestUnit, count_done, deletes_config, identify_files, plan_units
@@ -179,8 +180,7 @@ def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> C
         snapshot = put_snapshot(storage, "plan", files, [records], found, None, "")
         made = parts(storage, snapshot)
         counts, distinct = snapshot.counts, len(live_keys(storage, made))
-        texts = read_columns(storage, layout.PASSAGES, made[0].file, ["text"]).column("text") if made else ()
-        chosen = [str(text) for text in texts[: 2 * CALIBRATION_PASSAGES]]
+        chosen = _read_together(storage, made[0]) if made else []
         document_bytes = sum(part.file.size_bytes for part in made)
     if not counts["documents"]:
         raise DataError(f"{corpus.uri}: no document in {counts['rows']} rows; run vecmill validate")
@@ -195,6 +195,15 @@ def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> C
         document_bytes=document_bytes,
         texts=chosen,
     )
+
+
+def _read_together(storage: Storage, part: Part) -> list[str]:
+    """The first texts of a part as the encoder reads them: passages of one context as one."""
+    table = read_columns(storage, layout.PASSAGES, part.file, ["key", "text"]).slice(0, 2 * CALIBRATION_PASSAGES)
+    texts: dict[bytes, list[str]] = {}
+    for context, text in zip(contexts_of(keys_of(table.column("key"))), table.column("text").to_pylist(), strict=True):
+        texts.setdefault(context, []).append(text)
+    return [" ".join(own) for own in texts.values()]
 
 
 def measure_rate(spec: EncoderSpec, texts: Sequence[str]) -> float:

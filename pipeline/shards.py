@@ -95,15 +95,11 @@ def read_rows(storage: Storage, folder: str, file: DataFile, columns: Sequence[s
     """Rows ``first`` to ``end`` of some columns, reading only the row groups that hold them."""
     groups = range(first // ROW_GROUP_ROWS, -(-end // ROW_GROUP_ROWS))
     with open_parquet(storage, folder, file) as parquet:
-        table = _read_groups(parquet, list(groups), columns, f"{storage.at(folder)}/{file.name}")
+        try:
+            table = parquet.read_row_groups(list(groups), columns=list(columns))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(f"{storage.at(folder)}/{file.name}: {error}; delete it and its record, run again") from error
     return table.slice(first - groups.start * ROW_GROUP_ROWS, end - first)
-
-
-def _read_groups(parquet: Any, groups: list[int], columns: Sequence[str], where: str) -> Any:
-    try:
-        return parquet.read_row_groups(groups, columns=list(columns))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(f"{where}: {error}; delete it and its record, run again") from error
 
 
 def read_keys(storage: Storage, folder: str, file: DataFile) -> Keys:
@@ -118,27 +114,6 @@ def key_bounds(rows: int, at_once: int) -> Iterator[bytes | None]:
     for number in range(1, ranges):
         yield ((number << (8 * width)) // ranges).to_bytes(width, "big")
     yield None
-
-
-def read_key_range(storage: Storage, folder: str, file: DataFile, low: bytes | None, high: bytes | None) -> tuple[int, Keys]:
-    """The keys from ``low`` to below ``high`` (None: all there are) of a file sorted by key, and the row number of the first.
-
-    Reads only the row groups that hold them, as their statistics tell.
-    """
-    with open_parquet(storage, folder, file) as parquet:
-        metadata, column = parquet.metadata, parquet.schema.names.index("key")
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        first, wanted = 0, []
-        for number, group in enumerate(groups):
-            keys = group.column(column).statistics  # None where there are no rows
-            if keys is not None and low is not None and keys.max < low:
-                first += group.num_rows
-            elif keys is not None and (high is None or keys.min < high):
-                wanted.append(number)
-        keys = keys_of(_read_groups(parquet, wanted, ["key"], f"{storage.at(folder)}/{file.name}").column("key"))
-    start = 0 if low is None else int(np.searchsorted(keys, np.bytes_(low)))
-    end = len(keys) if high is None else int(np.searchsorted(keys, np.bytes_(high)))
-    return first + start, keys[start:end]
 
 
 class Cursor:

@@ -164,16 +164,6 @@ def part_keys(storage: Storage, part: Part) -> Keys:
     return np.delete(keys_of(read_columns(storage, layout.PASSAGES, part.file, ["key"]).column("key")), part.masked)
 
 
-def part_contexts(storage: Storage, part: Part) -> Keys:
-    """What the passages of a part that count are read in, (n,) S16: its name, or the key of a passage that is read alone."""
-    table = read_columns(storage, layout.PASSAGES, part.file, ["key", "context"])
-    keys = keys_of(table.column("key"))
-    if "context" in table.column_names:
-        column = table.column("context")
-        keys = np.where(column.is_null().to_numpy(), keys, keys_of(column.fill_null(bytes(KEY_DTYPE.itemsize))))
-    return np.delete(keys, part.masked)
-
-
 def live_keys(storage: Storage, snapshot_parts: Iterable[Part]) -> Keys:
     """Sorted distinct keys of a snapshot, (n,) S16: the ordinal of a passage is its place here."""
     keys = [part_keys(storage, part) for part in snapshot_parts]

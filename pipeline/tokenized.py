@@ -12,14 +12,13 @@ import pyarrow as pa
 
 from pipeline import layout
 from pipeline.batching import Tokens, lengths_of
-from pipeline.embeddings import EmbedUnit, Pick
+from pipeline.embeddings import EmbedUnit, Pick, contexts_of
 from pipeline.model import EncoderSpec
 from pipeline.shards import KEY_DTYPE, ROW_GROUP_ROWS, Keys, keys_of, open_parquet
 from pipeline.storage import Storage
 from pipeline.tokenizer import TextTokenizer
 from pipeline.windows import Spans, context_tokens, document_tokens
 
-READ_COLUMNS = ["key", "text", "start", "end", "context"]
 Counts = npt.NDArray[np.int32]
 
 NO_SPANS: Spans = np.empty((0, 3), dtype=np.int32)
@@ -85,13 +84,13 @@ class TokenizedUnit:
 def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, spec: EncoderSpec) -> TokenizedUnit:
     """Read the texts of a unit and tokenize them, with the prompt."""
     started = time.perf_counter()
-    tables = [_read_rows(storage, pick) for pick in unit.picks]
-    table = pa.concat_tables(tables, promote_options="default")  # a part without contexts has no such column
+    columns = ["key", "text", *(["start", "end"] if unit.late else [])]
+    table = pa.concat_tables([_read_rows(storage, pick, columns) for pick in unit.picks])
     read_s = time.perf_counter() - started
     order = np.argsort(keys_of(table.column("key")))
     table = table.take(order)
-    if "context" in table.column_names:
-        ids, spans = _in_context(table, tokenizer, spec.document_prompt)
+    if unit.late:
+        ids, spans = _in_contexts(table, tokenizer, spec.document_prompt)
         windows = [1] * len(table)
     else:
         ids, windows = document_tokens(tokenizer, spec, table.column("text").to_pylist())
@@ -103,29 +102,32 @@ def tokenize_unit(unit: EmbedUnit, storage: Storage, tokenizer: TextTokenizer, s
     return TokenizedUnit(unit.name, keys, flat, lengths, np.array(windows, dtype=np.int32), spans, timings)
 
 
-def _in_context(table: Any, tokenizer: TextTokenizer, prompt: str) -> tuple[list[Tokens], Spans]:
-    """Token ids of the contexts of passages, and where those are in them; a passage without a context is one itself."""
-    rows = table.select(["text", "start", "end", "context"]).to_pylist()
-    contexts: dict[Any, list[int]] = {}
-    for number, row in enumerate(rows):
-        contexts.setdefault(number if row["context"] is None else row["context"], []).append(number)
+def _in_contexts(table: Any, tokenizer: TextTokenizer, prompt: str) -> tuple[list[Tokens], Spans]:
+    """Token ids of what passages are read in, and where those are in it. Rows are in the order of their keys."""
+    rows = table.select(["text", "start", "end"]).to_pylist()
+    contexts = contexts_of(keys_of(table.column("key")))
     tokens: list[Tokens] = []
-    spans = np.empty((len(rows), 3), dtype=np.int32)
-    for numbers in contexts.values():
-        ordered = sorted(numbers, key=lambda number: rows[number]["start"])
-        ends = [rows[ordered[0]]["start"], *(rows[number]["end"] for number in ordered)]
-        pieces = [(end < rows[number]["start"], rows[number]["text"]) for end, number in zip(ends, ordered, strict=False)]
-        ids, starts = context_tokens(tokenizer, prompt, pieces)
-        spans[ordered] = np.column_stack([np.full(len(starts), len(tokens)), starts, [*starts[1:], len(ids)]])
-        tokens.append(ids)
-    return tokens, spans
+    spans: list[tuple[int, int, int]] = []
+    for own in np.split(np.arange(len(rows)), np.flatnonzero(contexts[1:] != contexts[:-1]) + 1):
+        ends = [rows[own[0]]["start"], *(rows[row]["end"] for row in own[:-1])]
+        pieces = [(end < rows[row]["start"], rows[row]["text"]) for end, row in zip(ends, own, strict=True)]
+        read = context_tokens(tokenizer, prompt, pieces) if len(own) > 1 else None
+        if read is None:  # one alone, or more than the model takes: each by itself
+            alone = tokenizer([prompt + text for _, text in pieces])
+            spans += [(len(tokens) + number, 0, len(ids)) for number, ids in enumerate(alone)]
+            tokens += alone
+        else:
+            ids, starts = read
+            spans += [(len(tokens), start, end) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+            tokens.append(ids)
+    return tokens, np.array(spans, dtype=np.int32)
 
 
-def _read_rows(storage: Storage, pick: Pick) -> Any:
-    """READ_COLUMNS, those that it has, of some rows of a snapshot part; reads only the row groups that hold them."""
+def _read_rows(storage: Storage, pick: Pick, columns: list[str]) -> Any:
+    """Some rows of a snapshot part; reads only the row groups that hold them."""
     rows = np.concatenate([np.arange(first, end) for first, end in pick.runs])
     groups = np.unique(rows // ROW_GROUP_ROWS)
     starts = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
     with open_parquet(storage, layout.PASSAGES, pick.file) as parquet:
-        table = parquet.read_row_groups([int(group) for group in groups], columns=READ_COLUMNS)
+        table = parquet.read_row_groups([int(group) for group in groups], columns=columns)
     return table.take(starts + rows % ROW_GROUP_ROWS)

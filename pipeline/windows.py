@@ -98,6 +98,7 @@ class Windows:
             end = min(first + size, len(spans))
             if end < len(spans):
                 end = _previous_word(is_word_start, end, floor=first + size // 2)
+                end = _between_characters(spans, end, floor=first)
             start_char, end_char = spans[first][0], spans[end - 1][1]
             count = self._tokenizer.count([self._prompt + text[start_char:end_char]])[0]
             if count <= self.limit or size == 1:
@@ -109,18 +110,18 @@ class Windows:
         spans: list[tuple[int, int]] = []
         for begin, finish in _segments(text):
             for start, end in self._tokenizer.offsets(text[begin:finish]):
-                piece = text[begin + start : begin + end]
-                left = len(piece) - len(piece.lstrip())
-                if piece.strip():
-                    spans.append((begin + start + left, begin + end - (len(piece) - len(piece.rstrip()))))
+                if piece := text[begin + start : begin + end].rstrip():
+                    spans.append((begin + start, begin + start + len(piece)))
         return spans
 
 
-def context_tokens(tokenizer: TextTokenizer, prompt: str, pieces: Sequence[tuple[bool, str]]) -> tuple[list[int], list[int]]:
+def context_tokens(
+    tokenizer: TextTokenizer, prompt: str, pieces: Sequence[tuple[bool, str]]
+) -> tuple[list[int], list[int]] | None:
     """Token ids of the passages of a context as one text, and where each begins; the last one ends them.
 
     Each comes with whether there is a space before it. The first has prompt and leading special tokens too, the last one the
-    trailing ones.
+    trailing ones. None where they are more than the model takes.
     """
     text, begins = prompt, []
     for space, piece in pieces:
@@ -128,8 +129,10 @@ def context_tokens(tokenizer: TextTokenizer, prompt: str, pieces: Sequence[tuple
         begins.append(len(text))
         text += piece
     ids, starts = tokenizer([text])[0], [start for start, _ in tokenizer.offsets(text)]
+    if len(starts) + tokenizer.special_tokens > tokenizer.max_tokens:
+        return None
     borders = len(tokenizer.frame[0]) + np.searchsorted(starts, begins)
-    return ids, [0, *borders[1:].clip(max=len(ids) - len(tokenizer.frame[1])).tolist()]
+    return ids, [0, *borders[1:].tolist()]
 
 
 def by_row(spans: Spans, lengths: Lengths) -> tuple[npt.NDArray[np.int64], dict[int, list[tuple[int, int]]]]:
@@ -151,6 +154,11 @@ def document_tokens(tokenizer: TextTokenizer, spec: EncoderSpec, texts: Sequence
 def _previous_word(is_word_start: list[bool], token: int, *, floor: int) -> int:
     """The last token at or before ``token`` that starts a word; ``token`` itself if there is none above ``floor``."""
     return next((number for number in range(token, floor, -1) if is_word_start[number]), token)
+
+
+def _between_characters(spans: list[tuple[int, int]], token: int, *, floor: int) -> int:
+    """The last token at or before ``token`` that is not within a character; ``token`` if there is none above ``floor``."""
+    return next((number for number in range(token, floor, -1) if spans[number - 1][1] <= spans[number][0]), token)
 
 
 def _segments(text: str) -> list[tuple[int, int]]:

@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.embeddings import is_among, plan_contexts, plan_embedding, put_embeddings, quarantined_keys, stored_keys
+from pipeline.embeddings import (
+    even_size,
+    is_among,
+    plan_embedding,
+    put_embeddings,
+    quarantined_keys,
+    stored_keys,
+    whole_contexts,
+)
 from pipeline.errors import EncoderError
 from pipeline.manifest import DataFile, Record
 from pipeline.shards import KEY_DTYPE
@@ -26,61 +34,78 @@ def missing_of(parts):
         yield file, part_keys[new], rows[new]
 
 
+def picked(unit, by_name):
+    return [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
+
+
 @settings(max_examples=300)
 @given(st.lists(st.sets(st.integers(0, 30), max_size=12), max_size=5), st.integers(1, 9))
-def test_plan_takes_each_key_once_in_even_units(numbers, size):
+def test_plan_takes_each_key_once_in_even_units(numbers, most):
     parts = [(part(n, len(rows)), keys(sorted(rows)), np.arange(len(rows))) for n, rows in enumerate(numbers)]
     missing = list(missing_of(parts))
     total = sum(len(rows) for _, _, rows in missing)
-    units = plan_embedding(iter(missing), size, total)
+    units = plan_embedding(iter(missing), size := even_size(total, most))
     by_name = {file.name: part_keys for file, part_keys, _ in parts}
     taken = []
     for unit in units:
-        picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
-        assert len(picked) == unit.passages <= size
-        taken += picked
+        own = picked(unit, by_name)
+        assert len(own) == unit.passages <= most
+        taken += own
     assert np.sort(taken).tolist() == keys(sorted({n for rows in numbers for n in rows})).tolist()
-    sizes = [unit.passages for unit in units]
-    assert not sizes or (max(sizes) - min(sizes) <= 1 and len(sizes) == -(-total // size))
+    assert [unit.passages for unit in units[:-1]] == [size] * (len(units) - 1)
+    assert len(units) == -(-total // most)
     assert len({unit.name for unit in units}) == len(units)
 
 
 def test_plan_names_units_by_their_keys_alone():
-    one = plan_embedding([(part(0, 4), keys([1, 2, 3, 4]), np.arange(4))], 10, 4)
+    one = plan_embedding([(part(0, 4), keys([1, 2, 3, 4]), np.arange(4))], 10)
     split = [(part(7, 2), keys([1, 3]), np.arange(2)), (part(8, 3), keys([2, 4]), np.array([0, 2]))]
-    assert [unit.name for unit in one] == [unit.name for unit in plan_embedding(split, 10, 4)]
+    assert [unit.name for unit in one] == [unit.name for unit in plan_embedding(split, 10)]
+
+
+def in_context(context, place):
+    return context.to_bytes(10, "big") + place.to_bytes(2, "big") + b"text"
 
 
 @settings(max_examples=300)
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=5, unique=True), max_size=4),
-    st.sets(st.integers(0, 39)),
+    st.sets(st.tuples(st.integers(0, 9), st.integers(0, 3))),
     st.integers(1, 9),
 )
-def test_plan_of_contexts_keeps_each_together(documents, stored, size):
-    """Context n has n % 4 + 1 passages, whose keys are scattered over the part; a document is some contexts, none twice."""
-    parts, of_key = [], {}
+def test_plan_of_late_chunking_keeps_contexts_whole(documents, stored, size):
+    """Context n has n % 4 + 1 passages; a document is some contexts, none twice; parts may share contexts."""
+    known = {in_context(*each) for each in stored}
+    parts, missing, seen = [], [], set()
     for number, contexts in enumerate(documents):
-        rows = sorted((40 * place + context, context) for context in contexts for place in range(context % 4 + 1))
-        of_key |= dict(rows)
-        names = keys([context for _, context in rows])
-        parts.append((part(number, len(rows)), keys([key for key, _ in rows]), np.arange(len(rows)), names))
-    known = {40 * (key // 10 % 4) + key % 10 for key in stored}
-    units = plan_contexts(parts, np.unique(keys(known)), size)
-    by_name = {file.name: part_keys for file, part_keys, _, _ in parts}
-    taken, files = [], [pick.file.name for unit in units for pick in unit.picks]
-    assert files == sorted(files)  # each part is read by few units
+        rows = [in_context(context, place) for context in sorted(contexts) for place in range(context % 4 + 1)]
+        own = np.array(rows, dtype=KEY_DTYPE)
+        mask = np.array([key not in known and key not in seen for key in rows], dtype=bool)
+        seen |= {*rows}
+        parts.append((f"p{number}", own))
+        whole = whole_contexts(own, np.ones(len(own), dtype=bool), mask)
+        missing.append((part(number, len(rows)), own[whole], np.flatnonzero(whole)))
+    units = plan_embedding(missing, size, late=True)
+    taken = []
     for unit in units:
-        picked = [by_name[pick.file.name][row] for pick in unit.picks for first, end in pick.runs for row in range(first, end)]
-        assert len(picked) == unit.passages <= max(size, 4)
-        taken += [int.from_bytes(key[:2], "big") for key in picked]
-    wanted = {context for key, context in of_key.items() if key not in known}
-    assert sorted(taken) == sorted(key for key, context in of_key.items() if context in wanted)
-    assert len({unit.name for unit in units}) == len(units)
+        own = [bytes(key).ljust(16, b"\0") for key in picked(unit, dict(parts))]
+        assert len(own) == unit.passages <= size + 3
+        assert unit.late
+        whole = {(key[:10], place) for key in own for place in range(int.from_bytes(key[:10], "big") % 4 + 1)}
+        assert {(key[:10], int.from_bytes(key[10:12], "big")) for key in own} == whole
+        taken += own
+    wanted = {key[:10] for key in seen - known}
+    assert sorted(taken) == sorted(key for key in seen if key[:10] in wanted)
+
+
+def test_a_context_is_whole_but_for_rows_that_do_not_count():
+    rows = [in_context(1, 0), in_context(1, 0), in_context(1, 1), in_context(1, 1), in_context(2, 0)]
+    counted, missing = np.array([False, True, True, True, True]), np.array([False, False, True, False, False])
+    assert whole_contexts(np.array(rows, dtype=KEY_DTYPE), counted, missing).tolist() == [False, True, True, False, False]
 
 
 def test_plan_leaves_masked_rows_out():
-    (unit,) = plan_embedding([(part(0, 5), keys([1, 4, 5]), np.array([0, 3, 4]))], 10, 3)
+    (unit,) = plan_embedding([(part(0, 5), keys([1, 4, 5]), np.array([0, 3, 4]))], 10)
     assert (unit.passages, unit.picks[0].runs) == (3, ((0, 1), (3, 5)))
 
 

@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray.data
 
-from pipeline import layout, retries
-from pipeline.anti_join import missing_passages
+from pipeline import retries
+from pipeline.anti_join import missing_passages, missing_rows
 from pipeline.config import ComputeConfig
 from pipeline.embeddings import (
     MAX_UNIT_PASSAGES,
     EmbedUnit,
-    plan_contexts,
+    even_size,
     plan_embedding,
     put_embeddings,
-    quarantined_keys,
-    stored_keys,
 )
 from pipeline.errors import VecmillError
 from pipeline.forecast import Ahead, put_forecast
@@ -31,8 +29,8 @@ from pipeline.job import Event, Job, stage
 from pipeline.manifest import Record, SnapshotManifest
 from pipeline.model import EncoderSpec, find_model
 from pipeline.numerics import machine_name
-from pipeline.shards import KEY_DTYPE, read_keys
-from pipeline.snapshot import Part, ceiling, part_contexts, part_keys, parts
+from pipeline.shards import KEY_DTYPE
+from pipeline.snapshot import Part, ceiling, parts
 from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
@@ -83,20 +81,13 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     return total
 
 
-def _plan(job: Job, found: Sequence[Part], size: int) -> list[EmbedUnit]:
-    """Units of about ``size`` passages over what the store lacks."""
-    folder, records = job.embedding_folder, job.embedding_records()
-    if job.config.passages.late:
-        known = np.union1d(stored_keys(job.embeddings, folder, records), quarantined_keys(job.embeddings, folder, records))
-        named = [(part.file, part_keys(job.storage, part), part.kept, part_contexts(job.storage, part)) for part in found]
-        return plan_contexts(named, known, size)
-    missing = missing_passages(job.storage, found, job.embeddings, folder, records)
-    rows = (
-        (part.file, read_keys(job.storage, layout.PASSAGES, part.file)[mask], np.flatnonzero(mask))
-        for part, mask in zip(found, missing, strict=True)
-        if mask.any()
-    )
-    return plan_embedding(rows, size, sum(int(mask.sum()) for mask in missing))
+def _plan(job: Job, found: Sequence[Part], most: int) -> list[EmbedUnit]:
+    """Units of at most about ``most`` passages over what the store lacks."""
+    scratch, late = job.config.compute.scratch, job.config.passages.late
+    where = (job.embeddings, job.embedding_folder, job.embedding_records())
+    missing = missing_passages(job.storage, found, *where, scratch=scratch)
+    size = even_size(sum(int(mask.sum()) for mask in missing), most)
+    return plan_embedding(missing_rows(job.storage, found, missing, late=late), size, late=late)
 
 
 def unit_passages(compute: ComputeConfig, cluster: Cluster, passages: int, pooled_tokens: int) -> int:
@@ -179,12 +170,7 @@ def _encode_in_pieces(actor: Mortal, unit: TokenizedUnit, dim: int, most: int) -
     def passages(piece: range) -> list[int]:
         return [number for group in groups[piece.start : piece.stop] for number in group]
 
-    for piece, answer in in_pieces(
-        len(groups),
-        lambda piece: actor.ask("encode", unit.piece(passages(piece)).as_row()),
-        most,
-        lambda piece: len(passages(piece)),
-    ):
+    for piece, answer in in_pieces(len(groups), lambda piece: actor.ask("encode", unit.piece(passages(piece)).as_row()), most):
         chosen = passages(piece)
         if answer is None:
             found.failed.update(dict.fromkeys(chosen, CRASHED.format(len(unit.piece(chosen).ids), DEATHS)))

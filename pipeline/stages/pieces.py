@@ -40,12 +40,10 @@ class Mortal:
             ray.kill(self._actor)
 
 
-def in_pieces(
-    count: int, attempt: Callable[[range], Any | None], most: int, documents: Callable[[range], int] = len
-) -> Iterator[tuple[range, Any | None]]:
+def in_pieces(count: int, attempt: Callable[[range], Any | None], most: int) -> Iterator[tuple[range, Any | None]]:
     """Pieces of ``range(count)`` and what ``attempt`` gives for each; None for a single one that kills its process every time.
 
-    Raises ProcessError when those are more than ``most`` of ``documents``: then it is not the fault of what is worked on.
+    Raises ProcessError when those are more than ``most``: then it is not the fault of what is worked on.
     """
     todo, deaths, lost = [range(count)] if count else [], 0, 0
     while todo:
@@ -59,7 +57,7 @@ def in_pieces(
         elif deaths < DEATHS:
             todo.append(piece)
         else:
-            lost, deaths = lost + documents(piece), 0
+            lost, deaths = lost + 1, 0
             if lost > most:
                 raise ProcessError(
                     f"processes of the run died of more than {most} documents; look for lack of memory, then run the same "

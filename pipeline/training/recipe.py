@@ -18,6 +18,8 @@ from pipeline.training.pairs import Pair
 
 Kind = Literal["encoder", "reranker", "late", "distilled"]
 """``late``: of late interaction."""
+LOSSES: dict[Kind, str] = {"encoder": "cmnrl", "reranker": "lce", "late": "cmnrl", "distilled": "margin-mse"}
+"""What each is trained by: a checkpoint of another one is no beginning."""
 MODEL_KEYS = ("--model", "to be a folder here")
 IDENTITY = "identity.json"
 LOG = "training.jsonl"
@@ -64,6 +66,7 @@ class Training:
         """What decides the result but for the arithmetic of the machine: of scores, who gave them."""
         return {
             "kind": self.kind,
+            "loss": LOSSES[self.kind],
             "files": self.files_hash,
             "pairs": fingerprint([[pair.query, pair.positive, list(pair.negatives)] for pair in self.pairs]),
             "prompts": list(self.prompts),

@@ -6,10 +6,10 @@ the anti-join is measured here. What nobody here could measure, the rate of a GP
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,17 @@ from pipeline.passages import KEY_BYTES
 from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes
 from pipeline.snapshot import Part
 from pipeline.storage import Storage
+from tests.benchmarks.simulated import TOKENS_PER_S
 from tests.benchmarks.spine import machine
 from tests.conftest import make_config
 
 PASSAGES, DIM = 1_000_000_000, 1024
 ASSUMED: dict[str, float] = {
-    "gpus": 64, "tokens_per_s_per_gpu": 100_000, "tokens_per_passage": 150, "text_bytes_per_passage": 400,
+    "gpus": 64, "tokens_per_s_per_gpu": TOKENS_PER_S, "tokens_per_passage": 150, "text_bytes_per_passage": 400,
     "cores_beside_each_gpu": 8, "usd_per_gpu_hour": 2.5, "usd_per_1000_puts": 0.005, "usd_per_1000_gets": 0.0004,
 }  # fmt: skip
-JOINED, FILES = 2_000_000, 64
-"""Keys of a snapshot and as many of a store, half of them shared."""
+JOINED, FILES, RANGES = 2_000_000, 64, 16
+"""Keys of a snapshot and as many of a store, half of them shared; files as large as the pipeline makes them, on this disk."""
 
 
 def main() -> None:
@@ -93,7 +94,9 @@ def hours(measured: dict[str, Any], plan: Any, size: dict[str, int], join: dict[
     workers = ASSUMED["gpus"] * ASSUMED["cores_beside_each_gpu"]
     add = growth["add_s"] * cores * PASSAGES / growth["vectors"] * lists / 3600
     merged = measured["merge"]["default settings"]
-    row_bytes = 2 * dim + merged["build"]["index_bytes"] / merged["build"]["passages"] + ASSUMED["text_bytes_per_passage"]
+    texts = max(measured["scale"]["runs"], key=lambda run: int(run["documents"]))  # the same corpus
+    row_bytes = 2 * dim + merged["build"]["index_bytes"] / merged["build"]["passages"]
+    row_bytes += texts["corpus_bytes"] / texts["documents"]
     rate = merged["build"]["passages"] * row_bytes / merged["merge"]["default"]["seconds"]
     return {
         "anti-join": round(2 * PASSAGES / join["keys_per_s"] / 3600, 2),
@@ -119,7 +122,7 @@ def requests(scale: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_join() -> dict[str, Any]:
-    """An anti-join of keys in files, all at once: what a key takes in memory and time."""
+    """An anti-join of keys in files: the time of a key in ranges, the memory of one that is joined at once."""
     rng = np.random.default_rng(1)
     every = np.sort(np.frombuffer(rng.bytes(KEY_BYTES * JOINED * 3 // 2), dtype=KEY_DTYPE))
     with tempfile.TemporaryDirectory() as folder:
@@ -134,14 +137,18 @@ def measure_join() -> dict[str, Any]:
         for number in range(FILES):
             parts.append(Part(put(layout.PASSAGES, every[:JOINED][number::FILES], number), np.empty(0, dtype=np.int64)))
             records.append(Record(unit=str(number), files=(put("e", every[-JOINED:][number::FILES], number),)))
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        missing = anti_join.missing_passages(storage, parts, storage, "e", records, 2 * JOINED)
+        where, at_once = (storage, parts, storage, "e", records), 2 * JOINED // RANGES
+        started = time.perf_counter()
+        missing = anti_join.missing_passages(*where, keys_at_once=at_once)
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        tracemalloc.start()
+        anti_join.missing_passages(*where, keys_at_once=2 * JOINED)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     assert sum(int(mask.sum()) for mask in missing) == JOINED // 2
     return {
-        "keys": 2 * JOINED, "files": 2 * FILES, "seconds": round(seconds, 2), "keys_per_s": round(2 * JOINED / seconds),
-        "bytes_per_key": round(1024 * peak / (2 * JOINED), 1),
+        "keys": 2 * JOINED, "files": 2 * FILES, "ranges": RANGES, "seconds": round(seconds, 2),
+        "keys_per_s": round(2 * JOINED / seconds), "bytes_per_key": round(peak / (2 * JOINED), 1),
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Measures what becomes of long documents: cut, split, pooled, chunked late; writes lengths.json. Half an hour on 2 cores.
 
-``python tests/benchmarks/lengths.py FOLDER``: that of training.py, or any; run again, it goes on where it was cut short.
+``python tests/benchmarks/lengths.py FOLDER``: that of training.py, run before; again, it goes on where it was cut short.
 SciFact (abstracts, three in five over MiniLM's 256 tokens) and CACM from ../shared/data, their test queries, vecmill's
 defaults but for what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had
 here.

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from pipeline.job import plan_job
 from pipeline.journal import last_runs
 from pipeline.storage import Storage
 from tests.benchmarks import debian
-from tests.benchmarks.simulated import cpu_seconds
+from tests.benchmarks.processes import cpu_seconds, spilled_bytes, watched
 from tests.benchmarks.spine import machine
 from tests.conftest import seaweed, write_jsonl
 from tests.faults.proxy import faults_before
@@ -43,7 +42,6 @@ COUNTED = (10_000, 100_000)
 """Sizes whose requests to an object store are counted."""
 START_UP = 10
 FILE_DOCUMENTS = 25_000
-INTERVAL_S = 0.2
 
 
 def main() -> None:
@@ -128,60 +126,8 @@ def reindex(config: Path) -> tuple[dict[str, Any], float, dict[str, int]]:
         wall_s = round(time.perf_counter() - started, 1)
         if run.returncode:
             raise SystemExit(f"vecmill reindex ended with {run.returncode}")
-        spilled = (file for file in Path(temporary).rglob("ray_spilled_objects*/*") if file.is_file())
-        peaks["spilled"] = sum(file.stat().st_size for file in spilled)
+        peaks["spilled"] = spilled_bytes(Path(temporary))
     return json.loads(output.splitlines()[-1]), wall_s, {f"{name}_bytes": size for name, size in peaks.items()}
-
-
-@contextlib.contextmanager
-def watched(driver: int) -> Iterator[dict[str, int]]:
-    """Peaks of memory while a block runs: of the driver, of the largest worker, of all processes of its session together."""
-    peaks = {"driver": 0, "worker": 0, "all": 0, "shared": 0}
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(INTERVAL_S):
-            sizes = {pid: memory for pid in session(driver) if (memory := memory_of(pid)) is not None}
-            now = {
-                "driver": sizes.get(driver, (0, 0))[0],
-                "worker": max((own for pid, (own, _) in sizes.items() if pid != driver), default=0),
-                "all": sum(own for own, _ in sizes.values()),
-                "shared": max((shared for _, shared in sizes.values()), default=0),
-            }
-            for name, size in now.items():
-                peaks[name] = max(peaks[name], size)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        over.set()
-        thread.join()
-
-
-def session(driver: int) -> Iterator[int]:
-    """Processes that a command started, itself among them."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    for pid in parents:
-        at: int | None = pid
-        while at and at != driver:
-            at = parents.get(at)
-        if at == driver:
-            yield pid
-
-
-def memory_of(pid: int) -> tuple[int, int] | None:
-    """Bytes of a process: its own, and shared memory that it has touched (the object store)."""
-    with contextlib.suppress(OSError, KeyError):  # it may have ended
-        status = Path(f"/proc/{pid}/status").read_text()
-        lines = (line for line in status.splitlines() if line.startswith("Rss"))
-        sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines}
-        return sizes["RssAnon"], sizes["RssShmem"]
-    return None
 
 
 def exponents(runs: list[dict[str, Any]], start_up: float) -> None:

@@ -37,6 +37,7 @@ from pipeline.stages import embed
 from pipeline.stages.cluster import Cluster
 from pipeline.tokenized import NO_SPANS, TokenizedUnit
 from pipeline.tokenizer import TextTokenizer
+from tests.benchmarks.processes import cpu_seconds, spilled_bytes
 from tests.benchmarks.spine import machine
 from tests.conftest import make_config
 
@@ -130,9 +131,9 @@ def simulate(actors: int) -> dict[str, Any]:
                 began = time.time()
                 records = embed._run(job, _Cluster(1, 2, 0.0, 2), units, count * PASSAGES)
                 wall = time.time() - began
-            spilled = sum(file.stat().st_size for file in Path(folder, "ray").rglob("*spilled*/*") if file.is_file())
         finally:
             ray.shutdown()
+        spilled = spilled_bytes(Path(folder, "ray"))
         assert len(records) == count
         spans = [json.loads(line) for file in Path(folder, "store").glob("*.log") for line in file.read_text().splitlines()]
     counts = {"actors": actors, "units": count, "spilled_bytes": spilled}
@@ -162,22 +163,6 @@ class _Cluster(Cluster):
     def reserved_cpus(self, compute: Any) -> float:
         """CPUs of an encoder."""
         return 0.01
-
-
-class cpu_seconds:  # noqa: N801 - reads as what it gives
-    """CPU seconds of the machine during a block, in a list of one."""
-
-    def __enter__(self) -> list[float]:
-        self._before, self._told = _busy(), [0.0]
-        return self._told
-
-    def __exit__(self, *_: object) -> None:
-        self._told[0] = _busy() - self._before
-
-
-def _busy() -> float:
-    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def tokenizer_rate() -> float:

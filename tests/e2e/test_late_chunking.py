@@ -14,7 +14,7 @@ from pipeline.erasure import purge
 from pipeline.errors import ConfigError
 from pipeline.job import plan_job
 from pipeline.live import open_live
-from pipeline.passages import Splitter, late_keys, passage_key
+from pipeline.passages import CONTEXT_BYTES, Splitter, late_keys, passage_key
 from pipeline.run import reindex
 from pipeline.tokenizer import TextTokenizer
 from pipeline.windows import context_tokens
@@ -54,13 +54,14 @@ def pieces_of(passages):
 def test_the_passages_of_a_context_share_out_its_tokens(minilm, prompt):
     tokenizer = TextTokenizer(minilm[1], 128, (prompt, ""))
     passages, (short,) = Splitter(tokenizer, PassagesConfig(**LATE), prompt)([LONG, "A short one."])
-    assert (short.context, short.key) == (None, passage_key("A short one."))
-    contexts = {passage.context for passage in passages}
+    assert short.key == passage_key("A short one.")
+    contexts = {passage.key[:CONTEXT_BYTES] for passage in passages}
     assert len(contexts) > 3
     assert len({passage.key for passage in passages}) == len(passages)
     for context in contexts:
-        own = [passage for passage in passages if passage.context == context]
+        own = [passage for passage in passages if passage.key.startswith(context)]
         assert len(own) > 1
+        assert sorted(own, key=lambda passage: passage.key) == own
         assert all(before.end <= after.start for before, after in pairwise(own))
         ids, starts = context_tokens(tokenizer, prompt, pieces_of(own))
         assert ids == tokenizer([prompt + LONG[own[0].start : own[-1].end]])[0]
@@ -71,12 +72,13 @@ def test_the_passages_of_a_context_share_out_its_tokens(minilm, prompt):
 
 def test_keys_tell_equal_texts_apart_and_end_as_those_of_their_text():
     pieces = [(False, "one"), (True, "two"), (True, "one")]
-    context, keys = late_keys(pieces)
+    keys = late_keys(pieces)
     assert len({*keys}) == 3
+    assert {len(key) for key in keys} == {16} and len({key[:CONTEXT_BYTES] for key in keys}) == 1
     assert [key[-4:] for key in keys] == [passage_key(text)[-4:] for _, text in pieces]
-    assert late_keys([*pieces[:2], (True, "three")])[1][:2] != keys[:2]
-    assert late_keys([pieces[0], (False, "two"), pieces[2]])[0] != context
-    assert late_keys(pieces) == (context, keys)
+    assert not {*late_keys([*pieces[:2], (True, "three")])} & {*keys}
+    assert not {*late_keys([pieces[0], (False, "two"), pieces[2]])} & {*keys}
+    assert late_keys(pieces) == keys
 
 
 def test_windows_that_end_within_words_share_out_the_tokens_of_the_text(minilm):
@@ -87,8 +89,10 @@ def test_windows_that_end_within_words_share_out_the_tokens_of_the_text(minilm):
         SPACED,
     ):
         passages = Splitter(tokenizer, PassagesConfig(**LATE), "")([text])[0]
-        for context in {passage.context for passage in passages} - {None}:
-            own = [passage for passage in passages if passage.context == context]
+        for context in {passage.key[:CONTEXT_BYTES] for passage in passages}:
+            own = [passage for passage in passages if passage.key.startswith(context)]
+            if len(own) == 1:
+                continue
             spaces = [False, *(before.end < after.start for before, after in pairwise(own))]
             ids, starts = context_tokens(tokenizer, "", list(zip(spaces, [each.text for each in own], strict=True)))
             assert len(ids) <= 128

@@ -44,8 +44,8 @@ LONGEST_RUN_S, LATEST_KILL_S = 300, 40
 OFTEN = 0.7
 """Of the steps begin with a change."""
 BROKEN_SHARE = 0.02
-SPARE = 3.0
-"""Times the bytes of a fresh root that an old one may have after a collection that keeps two artifacts."""
+SPARE = 1.5
+"""Times the bytes of a fresh root that an old one may have after a collection that keeps the live artifact."""
 
 
 class Soak:
@@ -55,7 +55,9 @@ class Soak:
         self.folder, self.server, self.proxy = folder, server, proxy
         self.rng = random.Random(seed)
         self.corpus: dict[str, str] = {}
-        self.known: set[frozenset[tuple[str, str]]] = set()
+        self.published: set[frozenset[tuple[str, str]] | None] = set()
+        self.before: frozenset[tuple[str, str]] | None = None
+        self.rolled_back = False
         self.count = Counter[str]()
         self.numbers = 0
         save_first_layer(folder / "model")
@@ -81,7 +83,6 @@ class Soak:
         rows = [{"id": name, "text": text} for name, text in self.corpus.items()]
         for number in range(FILES):
             write_jsonl(self.folder / "corpus" / f"{number}.jsonl", rows[number::FILES])
-        self.known.add(frozenset(self.corpus.items()))
 
     def start(self, *, broken: bool = False) -> subprocess.Popen[bytes]:
         file = self.folder / "config.json"
@@ -97,14 +98,14 @@ class Soak:
             code = process.wait(LONGEST_RUN_S)
         finally:
             end_session(process)
-        assert code == 0, f"exit {code}: {(self.folder / 'log').read_text()[-3000:]}"
-        assert self.live() == frozenset(self.corpus.items()), "what is live is not the present corpus"
+        assert code == 0, self.log()
+        assert self.live() == self.present, "what is live is not the present corpus"
 
     def kill(self) -> None:
-        """The command and all that it started, after a random time."""
+        """The command and all that it started, after a random time: what is live is what was, or the present corpus."""
         process = self.start()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.rng.uniform(1, LATEST_KILL_S))
+            assert process.wait(self.rng.uniform(1, LATEST_KILL_S)) == 0, self.log()
         end_session(process)
 
     def kill_worker(self) -> None:
@@ -120,6 +121,7 @@ class Soak:
             code = process.wait(LONGEST_RUN_S)
         finally:
             end_session(process)
+        assert code == 0 or workers, self.log()
         self.count["run went on without a worker" if code == 0 else "run ended without a worker"] += bool(workers)
 
     def collect(self) -> None:
@@ -128,6 +130,7 @@ class Soak:
     def roll_back(self) -> None:
         with contextlib.suppress(ConfigError):  # none was live before, or it is collected
             upkeep.rollback(self.config(), None)
+            self.rolled_back = True
 
     def live(self) -> frozenset[tuple[str, str]] | None:
         """What the live artifact holds; every document is one passage here."""
@@ -137,12 +140,25 @@ class Soak:
         batches = open_live(config).partition.documents.batches(["doc_id", "text"])
         return frozenset((row["doc_id"], row["text"]) for _, _, batch in batches for row in batch.to_pylist())
 
+    @property
+    def present(self) -> frozenset[tuple[str, str]]:
+        """The corpus that a run would read."""
+        return frozenset(self.corpus.items())
+
+    def log(self) -> str:
+        """The last that commands told."""
+        return (self.folder / "log").read_text()[-3000:]
+
     def check(self) -> None:
-        """Whatever happened."""
+        """Whatever happened: only a run moves on, to the present corpus, only a rollback moves back, to one that was live."""
         found = self.live()
+        assert found in {self.before, self.present} or found in self.published, "what is live is no corpus that may be"
+        if self.before is not None and found not in {self.before, self.present}:
+            assert self.rolled_back, "what is live went back by itself"
+        self.before, self.rolled_back = found, False
         if found is None:
             return
-        assert found in self.known, "what is live is no corpus that was ever read"
+        self.published.add(found)
         assert audit(self.config(), 100).document_rows == len(found)
         artifact = Artifact(open_live(self.config()), self.config())
         for name, text in self.rng.sample(sorted(found), min(3, len(found))):
