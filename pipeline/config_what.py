@@ -68,7 +68,10 @@ class PassagesConfig(Section):
         None, ge=16, description="Tokens of a window, prompt and special ones included; default: encoder.max_tokens"
     )
     overlap: int | None = Field(
-        None, ge=0, description="Tokens that neighbouring windows share; default: 32, at most a quarter of a window"
+        None,
+        ge=0,
+        description="Tokens that neighbouring windows share, of late chunking what it reads at once; default: 32, at most a "
+        "quarter of a window",
     )
     pool: Literal["max", "mean"] = Field(
         "max",

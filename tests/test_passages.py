@@ -3,11 +3,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from pipeline.config_what import PassagesConfig
 from pipeline.errors import ConfigError
-from pipeline.passages import KEY_BYTES, Splitter, passage_key
+from pipeline.passages import CONTEXT_BYTES, KEY_BYTES, Splitter, passage_key
 from pipeline.tokenizer import TextTokenizer
+from pipeline.windows import context_tokens
 
 WORDS = st.lists(
     st.sampled_from(["river", "unbelievable", "数学", "🙂", "x", "Grüße", "naïve,", "end.", "\n", "שלום"]), max_size=400
@@ -129,3 +131,35 @@ def test_what_was_counted_before_is_not_counted_again(tokenizer, monkeypatch):
     counted.clear()
     assert splitter([texts[0], texts[3]], known) == [expected[0], expected[3]]
     assert counted == []
+
+
+def byte_level(minilm):
+    """A tokenizer of bytes, as those of ModernBERT and GPT are where they know no better."""
+    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    specials = {"[CLS]": len(alphabet), "[SEP]": len(alphabet) + 1}
+    inner = Tokenizer(models.BPE(alphabet | specials, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=list(specials.items()))
+    made = TextTokenizer(minilm[1], 64)
+    made._tokenizer = inner
+    return made
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.sampled_from("a数学🙂é "), min_size=30, max_size=300), tokens=st.integers(16, 63))
+def test_windows_end_between_characters_of_many_tokens(minilm, text, tokens):
+    tokenizer = byte_level(minilm)
+    text = text.strip()
+    passages = splitter(tokenizer, late=True, tokens=tokens)([text])[0]
+    contexts = {passage.key[:CONTEXT_BYTES] for passage in passages}
+    for context in contexts:
+        own = [passage for passage in passages if passage.key.startswith(context)]
+        assert all(before.end <= after.start for before, after in pairwise(own))
+        spaces = [False, *(before.end < after.start for before, after in pairwise(own))]
+        read = context_tokens(tokenizer, "", list(zip(spaces, [each.text for each in own], strict=True)))
+        assert read is not None
+        ids, starts = read
+        lengths = [end - start for start, end in pairwise([*starts, len(ids)])]
+        assert all(length > 0 for length in lengths)
+        assert sum(lengths) == len(ids) <= 64
+    assert all(passage.tokens <= tokens for passage in passages)
