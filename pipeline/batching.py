@@ -10,6 +10,8 @@ Tokens = Sequence[int] | npt.NDArray[np.int32]
 """Token ids of one text."""
 Vectors = npt.NDArray[np.float32]
 """(n, dim), rows of length 1."""
+Places = npt.NDArray[np.int64]
+"""(n,): numbers of texts, or of parts of them."""
 Lengths = npt.NDArray[np.int64]
 """(n,) token counts."""
 Padded = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]

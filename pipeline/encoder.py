@@ -6,14 +6,14 @@ what its spec promises refuses to start, and a text that has no vector never har
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.batching import Tokens, Vectors, lengths_of
+from pipeline.batching import Lengths, Places, Tokens, Vectors, lengths_of
 from pipeline.calibration import BUDGETS
 from pipeline.errors import EncoderError
 from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
@@ -25,6 +25,8 @@ from pipeline.windows import Spans, Windowed, by_row, document_tokens
 
 if TYPE_CHECKING:
     from pipeline.torch_engine import TorchEngine
+
+    Engine = TorchEngine | OpenVinoEngine
 
 MIN_ENGINE_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 PROBE = "The tokenizer file and the model must agree: Ünïcode, 数学 and emoji 🙂 too."
@@ -98,27 +100,18 @@ class Encoder:
         zero or not finite is tried again alone, then in FP32; then it is among the failed.
         Where a GPU runs out of memory the batch budget is halved for good.
         """
+        before, prompt_tokens = self._engine.padded_tokens, self.tokenizer.prompt_tokens(prompt)
+
+        def run(engine: "Engine", rows: Places) -> Vectors:
+            return self._run(engine, [tokens[row] for row in rows], prompt_tokens)
+
+        vectors = run(self._engine, np.arange(len(tokens)))
         lengths = lengths_of(tokens)
-        order = np.argsort(-lengths, kind="stable")
-        vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
-        prompt_tokens = self.tokenizer.prompt_tokens(prompt)
-        before = self._engine.padded_tokens
-        if len(tokens):
-            vectors[order] = self._engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
-        bad = np.flatnonzero(~are_unit(vectors))
-        for row in bad.tolist():
-            vectors[row] = self._engine.run([tokens[row]], lengths[row : row + 1], prompt_tokens)[0]
-        still = bad[~are_unit(vectors[bad])]
-        if len(still):
-            exact = self._exact([tokens[row] for row in still], prompt_tokens)
-            vectors[still] = np.where(np.isnan(exact), vectors[still], exact)
-        lost = still[~are_unit(vectors[still])]
-        failed = {int(row): why_none(vectors[row], len(tokens[row])) for row in lost}
-        vectors[lost] = np.nan
+        rescued, failed = self._rescue(vectors, run, np.arange(len(tokens)), lengths)
         padded = self._engine.padded_tokens - before
         if windows is not None and len(windows) < len(tokens):
             vectors, failed = mean_of_windows(vectors, failed, np.asarray(windows))
-        return Encoded(vectors, int(lengths.sum()), padded, len(bad) - len(lost), failed)
+        return Encoded(vectors, int(lengths.sum()), padded, rescued, failed)
 
     def encode_spans(self, tokens: Sequence[Tokens], spans: Spans) -> Encoded:
         """Unit vectors of parts of texts after the model has read all of each: late chunking (arXiv 2409.04701), on torch.
@@ -126,27 +119,47 @@ class Encoder:
         What is not finite is tried again as in ``encode_tokens``.
         """
         before, lengths = self._engine.padded_tokens, lengths_of(tokens)
-        tokens_run = int(lengths[np.unique(spans[:, 0])].sum())
-        vectors = self._spans(cast("TorchEngine", self._engine), tokens, spans)
+
+        def run(engine: "Engine", chosen: Places) -> Vectors:
+            order, own = by_row(spans[chosen], lengths)
+            rows = [tokens[row] for row in own]
+            vectors = np.empty((len(chosen), self.dim), dtype=np.float32)
+            vectors[order] = cast("TorchEngine", engine).run_spans(rows, lengths_of(rows), list(own.values()))
+            return vectors
+
+        vectors = run(self._engine, np.arange(len(spans)))
+        rescued, failed = self._rescue(vectors, run, spans[:, 0].astype(np.int64), lengths[spans[:, 0]])
+        padded = self._engine.padded_tokens - before
+        return Encoded(vectors, int(lengths[np.unique(spans[:, 0])].sum()), padded, rescued, failed)
+
+    def _run(self, engine: "Engine", tokens: Sequence[Tokens], prompt_tokens: int) -> Vectors:
+        """Vectors of texts of any length in any order."""
+        lengths = lengths_of(tokens)
+        order = np.argsort(-lengths, kind="stable")
+        vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
+        if len(tokens):
+            vectors[order] = engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
+        return vectors
+
+    def _rescue(
+        self, vectors: Vectors, run: Callable[["Engine", Places], Vectors], texts: Places, lengths: Lengths
+    ) -> tuple[int, dict[int, str]]:
+        """Try what is zero or not finite again, each text alone, then in FP32; what is left is NaN, and why it is.
+
+        ``texts``: which text each vector is of; ``lengths``: its tokens.
+        """
         bad = np.flatnonzero(~are_unit(vectors))
-        for row in np.unique(spans[bad, 0]):
-            of_row = bad[spans[bad, 0] == row]
-            vectors[of_row] = self._spans(cast("TorchEngine", self._engine), tokens, spans[of_row])
+        for text in np.unique(texts[bad]):
+            own = bad[texts[bad] == text]
+            vectors[own] = run(self._engine, own)
         still = bad[~are_unit(vectors[bad])]
         if len(still) and (exact := self._exact_or_none()) is not None:
-            vectors[still] = self._spans(exact, tokens, spans[still])
+            found = run(exact, still)
+            vectors[still] = np.where(np.isnan(found), vectors[still], found)
         lost = still[~are_unit(vectors[still])]
-        failed = {int(part): why_none(vectors[part], int(lengths[spans[part, 0]])) for part in lost}
+        failed = {int(row): why_none(vectors[row], int(lengths[row])) for row in lost}
         vectors[lost] = np.nan
-        padded = self._engine.padded_tokens - before
-        return Encoded(vectors, tokens_run, padded, len(bad) - len(lost), failed)
-
-    def _spans(self, engine: "TorchEngine", tokens: Sequence[Tokens], spans: Spans) -> Vectors:
-        order, own = by_row(spans, lengths_of(tokens))
-        rows = [tokens[row] for row in own]
-        vectors = np.empty((len(spans), self.dim), dtype=np.float32)
-        vectors[order] = engine.run_spans(rows, lengths_of(rows), list(own.values()))
-        return vectors
+        return len(bad) - len(lost), failed
 
     def tokenize_documents(self, texts: Sequence[str]) -> tuple[list[Tokens], list[int]]:
         """Token ids of texts after the document prompt, and how many rows of them belong to each text."""
@@ -163,7 +176,10 @@ class Encoder:
         self, tokens: Sequence[Tokens], vectors: Vectors, *, prompt: str = "", windows: Windowed | None = None
     ) -> npt.NDArray[np.float32]:
         """Cosine of each vector to the one in FP32, (n,): the price of a precision. Else as ``encode_tokens``."""
-        exact = self._exact(tokens, self.tokenizer.prompt_tokens(prompt))
+        engine = self._exact_or_none() if len(tokens) else None
+        if engine is None:
+            return np.full(len(vectors), np.nan, dtype=np.float32)
+        exact = self._run(engine, tokens, self.tokenizer.prompt_tokens(prompt))
         if windows is not None:
             exact, _ = mean_of_windows(exact, {}, np.asarray(windows))
         return cast(npt.NDArray[np.float32], (vectors * exact).sum(axis=1))
@@ -173,22 +189,11 @@ class Encoder:
             raise EncoderError(f"{self.spec.model}: text {row} of {len(encoded.vectors)} has no vector, {reason}; leave it out")
         return encoded.vectors
 
-    def _exact(self, tokens: Sequence[Tokens], prompt_tokens: int) -> Vectors:
-        """Vectors by FP32 weights, (rows, dim), NaN where there is no room for them; loaded when first needed.
+    def _exact_or_none(self) -> "TorchEngine | None":
+        """FP32 weights, loaded when first needed; None where a GPU has no room for them.
 
         Not kept on a GPU, where every byte is the batches'.
         """
-        lengths = lengths_of(tokens)
-        order = np.argsort(-lengths, kind="stable")
-        vectors = np.full((len(tokens), self.dim), np.nan, dtype=np.float32)
-        if not len(tokens):
-            return vectors
-        if (engine := self._exact_or_none()) is not None:
-            vectors[order] = engine.run([tokens[row] for row in order], lengths[order], prompt_tokens)
-        return vectors
-
-    def _exact_or_none(self) -> "TorchEngine | None":
-        """FP32 weights; None where a GPU has no room for them."""
         try:
             engine: TorchEngine = getattr(self, "_exact_engine", None) or self._load("fp32")
         except MemoryError:
