@@ -104,7 +104,7 @@ def test_a_corpus_that_drifts_is_trained_for_again_in_the_same_run(tmp_path, mon
     scattered = stand_in._vector
 
     def crowded(text, dim):
-        vector = scattered(text, dim) + 3 * scattered(b"one place", dim) + 3 * scattered(bytes([sum(text) % 8]), dim)
+        vector = scattered(text, dim) + 6 * scattered(b"one place", dim) + 3 * scattered(bytes([sum(text) % 8]), dim)
         return vector / np.linalg.norm(vector)
 
     monkeypatch.setattr(stand_in, "_vector", crowded)
