@@ -58,11 +58,8 @@ def missing_rows(storage: Storage, found: Sequence[Part], missing: Sequence[Miss
     for part, mask in zip(found, missing, strict=True):
         if mask.any():
             keys = read_keys(storage, layout.PASSAGES, part.file)
-            if late:
-                counted = np.ones(len(keys), dtype=bool)
-                counted[part.masked] = False
-                mask = whole_contexts(keys, counted, mask)  # noqa: PLW2901 - the same rows, and more
-            yield part.file, keys[mask], np.flatnonzero(mask)
+            rows = np.flatnonzero(whole_contexts(keys, part.kept, mask) if late else mask)
+            yield part.file, keys[rows], rows
 
 
 def _join(found: Sequence[Part], missing: Sequence[Missing], passages: tuple[Keys, "_Places"], stored: Keys) -> None:

@@ -74,11 +74,11 @@ def plan_embedding(missing: Iterable[Rows], size: int, *, late: bool = False) ->
     taken: list[Rows] = []
     room = size
     for file, keys, rows in missing:
+        contexts = contexts_of(keys) if late else None
         start = 0
         while start < len(rows):
             end = min(start + room, len(rows))
-            if late:
-                contexts = contexts_of(keys)
+            if contexts is not None:
                 end = int(np.searchsorted(contexts, contexts[end - 1], side="right"))
             taken.append((file, keys[start:end], rows[start:end]))
             room -= end - start
@@ -99,12 +99,11 @@ def contexts_of(keys: Keys) -> Keys:
     return keys.astype(f"S{CONTEXT_BYTES}")
 
 
-def whole_contexts(keys: Keys, counted: npt.NDArray[np.bool_], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """``missing`` rows of a part, (rows,), and all others of their contexts, each key once; ``counted``: rows that count."""
-    rows = np.flatnonzero(counted)
-    first = np.append(True, keys[rows][1:] != keys[rows][:-1])[: len(rows)]
+def whole_contexts(keys: Keys, kept: npt.NDArray[np.int64], missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """``missing`` rows of a part, (rows,), and all others of their contexts, each key once; ``kept``: rows that count."""
+    rows = kept[np.unique(keys[kept], return_index=True)[1]]
     found = np.zeros(len(keys), dtype=bool)
-    found[rows[first]] = np.isin(contexts_of(keys[rows[first]]), np.unique(contexts_of(keys[missing])))
+    found[rows] = np.isin(contexts_of(keys[rows]), contexts_of(keys[missing]))
     return found
 
 

@@ -87,7 +87,7 @@ def open_parquet(storage: Storage, folder: str, file: DataFile, *, ahead: bool =
 
 
 def read_columns(storage: Storage, folder: str, file: DataFile, columns: Sequence[str]) -> Any:
-    """Some columns of a whole file as an Arrow table, those of them that it has."""
+    """Some columns of a whole file as an Arrow table."""
     return read_rows(storage, folder, file, columns, 0, file.rows)
 
 

@@ -7,6 +7,8 @@ prove that they fit. Knows no config: an encoder whose vector of a long text is 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,15 +69,16 @@ class Windows:
     def __call__(self, text: str) -> list[Window]:
         """The windows of a text, in order; none of white space."""
         spans = self._token_spans(text)
-        is_word_start = [number == 0 or spans[number - 1][1] < start for number, (start, _) in enumerate(spans)]
+        gaps = [start - end for (_, end), (start, _) in pairwise(spans)]
+        starts = _Starts(words=[True, *(gap > 0 for gap in gaps)], characters=[True, *(gap >= 0 for gap in gaps)])
         windows: list[Window] = []
         first = 0
         while first < len(spans):
-            end, window = self._window(text, spans, is_word_start, first)
+            end, window = self._window(text, spans, starts, first)
             windows.append(window)
             if end == len(spans):
                 break
-            again = _previous_word(is_word_start, end - self._overlap, floor=first + 1) if self._overlap else end
+            again = _previous(starts.words, end - self._overlap, floor=first + 1) if self._overlap else end
             first = max(first + 1, again)
         return windows
 
@@ -91,14 +94,14 @@ class Windows:
             numbers.append(len(own))
         return list(self._tokenizer([self._prompt + piece for piece in pieces])), numbers
 
-    def _window(self, text: str, spans: list[tuple[int, int]], is_word_start: list[bool], first: int) -> tuple[int, Window]:
+    def _window(self, text: str, spans: list[tuple[int, int]], starts: "_Starts", first: int) -> tuple[int, Window]:
         """The longest window from token ``first`` that fits when tokenized again, and the token after it."""
         size = self._room
         while True:
             end = min(first + size, len(spans))
             if end < len(spans):
-                end = _previous_word(is_word_start, end, floor=first + size // 2)
-                end = _between_characters(spans, end, floor=first)
+                end = _previous(starts.words, end, floor=first + size // 2)
+                end = _previous(starts.characters, end, floor=first)
             start_char, end_char = spans[first][0], spans[end - 1][1]
             count = self._tokenizer.count([self._prompt + text[start_char:end_char]])[0]
             if count <= self.limit or size == 1:
@@ -151,14 +154,16 @@ def document_tokens(tokenizer: TextTokenizer, spec: EncoderSpec, texts: Sequence
     return Windows(tokenizer, spec.document_prompt, spec.window, spec.overlap).tokens(texts)
 
 
-def _previous_word(is_word_start: list[bool], token: int, *, floor: int) -> int:
-    """The last token at or before ``token`` that starts a word; ``token`` itself if there is none above ``floor``."""
-    return next((number for number in range(token, floor, -1) if is_word_start[number]), token)
+class _Starts(NamedTuple):
+    """For each token of a text whether a word begins with it, and whether a character does: some are of several tokens."""
+
+    words: list[bool]
+    characters: list[bool]
 
 
-def _between_characters(spans: list[tuple[int, int]], token: int, *, floor: int) -> int:
-    """The last token at or before ``token`` that is not within a character; ``token`` if there is none above ``floor``."""
-    return next((number for number in range(token, floor, -1) if spans[number - 1][1] <= spans[number][0]), token)
+def _previous(starts: list[bool], token: int, *, floor: int) -> int:
+    """The last token at or before ``token`` that starts something; ``token`` itself if there is none above ``floor``."""
+    return next((number for number in range(token, floor, -1) if starts[number]), token)
 
 
 def _segments(text: str) -> list[tuple[int, int]]:

@@ -83,7 +83,7 @@ def test_plan_of_late_chunking_keeps_contexts_whole(documents, stored, size):
         mask = np.array([key not in known and key not in seen for key in rows], dtype=bool)
         seen |= {*rows}
         parts.append((f"p{number}", own))
-        whole = whole_contexts(own, np.ones(len(own), dtype=bool), mask)
+        whole = whole_contexts(own, np.arange(len(own)), mask)
         missing.append((part(number, len(rows)), own[whole], np.flatnonzero(whole)))
     units = plan_embedding(missing, size, late=True)
     taken = []
@@ -100,8 +100,8 @@ def test_plan_of_late_chunking_keeps_contexts_whole(documents, stored, size):
 
 def test_a_context_is_whole_but_for_rows_that_do_not_count():
     rows = [in_context(1, 0), in_context(1, 0), in_context(1, 1), in_context(1, 1), in_context(2, 0)]
-    counted, missing = np.array([False, True, True, True, True]), np.array([False, False, True, False, False])
-    assert whole_contexts(np.array(rows, dtype=KEY_DTYPE), counted, missing).tolist() == [False, True, True, False, False]
+    kept, missing = np.array([1, 2, 3, 4]), np.array([False, False, True, False, False])
+    assert whole_contexts(np.array(rows, dtype=KEY_DTYPE), kept, missing).tolist() == [False, True, True, False, False]
 
 
 def test_plan_leaves_masked_rows_out():

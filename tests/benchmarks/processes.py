@@ -10,15 +10,12 @@ from pathlib import Path
 INTERVAL_S = 0.2
 
 
-class cpu_seconds:  # noqa: N801 - reads as what it gives
+@contextlib.contextmanager
+def cpu_seconds() -> Iterator[list[float]]:
     """CPU seconds of the machine during a block, in a list of one."""
-
-    def __enter__(self) -> list[float]:
-        self._before, self._told = _busy(), [0.0]
-        return self._told
-
-    def __exit__(self, *_: object) -> None:
-        self._told[0] = _busy() - self._before
+    before, told = _busy(), [0.0]
+    yield told
+    told[0] = _busy() - before
 
 
 def _busy() -> float:
@@ -28,13 +25,13 @@ def _busy() -> float:
 
 @contextlib.contextmanager
 def watched(driver: int) -> Iterator[dict[str, int]]:
-    """Peaks of memory while a block runs: of the driver, of the largest worker, of all processes of its session together."""
+    """Peaks of memory while a block runs: of the driver, of the largest worker, of all that it started together."""
     peaks = {"driver": 0, "worker": 0, "all": 0, "shared": 0}
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(INTERVAL_S):
-            sizes = {pid: memory for pid in session(driver) if (memory := memory_of(pid)) is not None}
+            sizes = {pid: memory for pid in descendants(driver) if (memory := memory_of(pid)) is not None}
             now = {
                 "driver": sizes.get(driver, (0, 0))[0],
                 "worker": max((own for pid, (own, _) in sizes.items() if pid != driver), default=0),
@@ -59,7 +56,7 @@ def spilled_bytes(folder: Path) -> int:
     return max((int(size) << 20 for log in logs for size in re.findall(r"Spilled (\d+) MiB", log)), default=0)
 
 
-def session(driver: int) -> Iterator[int]:
+def descendants(driver: int) -> Iterator[int]:
     """Processes that a command started, itself among them."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):

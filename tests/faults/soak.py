@@ -55,7 +55,7 @@ class Soak:
         self.folder, self.server, self.proxy = folder, server, proxy
         self.rng = random.Random(seed)
         self.corpus: dict[str, str] = {}
-        self.published: set[frozenset[tuple[str, str]] | None] = set()
+        self.published: set[frozenset[tuple[str, str]]] = set()
         self.before: frozenset[tuple[str, str]] | None = None
         self.rolled_back = False
         self.count = Counter[str]()
@@ -88,8 +88,8 @@ class Soak:
         file = self.folder / "config.json"
         file.write_text(json.dumps(self.config(broken=broken).model_dump(mode="json", exclude_unset=True)))
         command = [sys.executable, "-m", "jobs", "reindex", "-q", "-c", str(file)]
-        log = (self.folder / "log").open("ab")
-        return subprocess.Popen(command, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(command, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
 
     def run(self, *, broken: bool = False) -> None:
         """The command through to its end: what is live is then the present corpus."""
@@ -104,9 +104,11 @@ class Soak:
     def kill(self) -> None:
         """The command and all that it started, after a random time: what is live is what was, or the present corpus."""
         process = self.start()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            assert process.wait(self.rng.uniform(1, LATEST_KILL_S)) == 0, self.log()
-        end_session(process)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert process.wait(self.rng.uniform(1, LATEST_KILL_S)) == 0, self.log()
+        finally:
+            end_session(process)
 
     def kill_worker(self) -> None:
         """One of its processes: the run goes on, or ends in an error, and the next one makes it good."""
@@ -152,9 +154,8 @@ class Soak:
     def check(self) -> None:
         """Whatever happened: only a run moves on, to the present corpus, only a rollback moves back, to one that was live."""
         found = self.live()
-        assert found in {self.before, self.present} or found in self.published, "what is live is no corpus that may be"
-        if self.before is not None and found not in {self.before, self.present}:
-            assert self.rolled_back, "what is live went back by itself"
+        allowed = {self.before, self.present} | (self.published if self.rolled_back else set())
+        assert found in allowed, "what is live is no corpus that may be"
         self.before, self.rolled_back = found, False
         if found is None:
             return
