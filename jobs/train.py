@@ -59,7 +59,7 @@ def mine(
     verbose: VerboseOption = False,
 ) -> None:
     """Write training pairs with hard negatives: texts that the live artifact finds near a query and that do not answer it."""
-    from pipeline.evaluation import read_qrels  # with what measures: no other command waits for it
+    from pipeline.judgements import read_qrels  # with what measures: no other command waits for it
 
     settings = load_config(config, tuple(overrides or ()))
     if settings.passages.late:
@@ -91,7 +91,7 @@ def mine(
 
 
 def _judged_pairs(settings: Config, opened: OpenedHere, artifact: Artifact, queries: str, judged: Judgements) -> list[Pair]:
-    from pipeline.evaluation import read_queries
+    from pipeline.judgements import read_queries
 
     texts = read_queries(queries, settings.store)
     return judged_pairs(artifact, opened.partition.documents, texts, judged, f"judgements of {queries}")
@@ -123,7 +123,7 @@ def train_encoder(
     if pairs is not None:
         found = read_pairs(pairs, settings)
     else:
-        from pipeline.evaluation import read_qrels
+        from pipeline.judgements import read_qrels
 
         opened = open_live(settings)
         judged = read_qrels(str(qrels), settings.store)

@@ -16,7 +16,8 @@ from pipeline.client import Artifact, open_artifact, open_root
 from pipeline.config import StoreConfig
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluation import LABELLED_DEPTH, QRELS_METRICS, chosen_queries, metrics_by_query, ranked_documents, read_qrels
+from pipeline.evaluation import LABELLED_DEPTH, ranked_documents
+from pipeline.judgements import QRELS_METRICS, chosen_queries, metrics_by_query, read_qrels
 from pipeline.manifest import Values
 from pipeline.searcher import Mode
 

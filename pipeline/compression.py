@@ -20,10 +20,10 @@ from pipeline.config import Config
 from pipeline.config_what import IndexConfig
 from pipeline.document_files import Documents
 from pipeline.errors import ConfigError
-from pipeline.evaluation import chosen_queries, ir_metrics, read_qrels
 from pipeline.index_parts import Parts
 from pipeline.index_plan import choose
 from pipeline.job import Event, Say
+from pipeline.judgements import chosen_queries, ir_metrics, read_qrels
 from pipeline.live import OpenedHere, open_live
 from pipeline.manifest import OperatingPoint, Values
 from pipeline.recall import Matrix, Ordinals, drop_self, exact_search, recall, score

@@ -14,10 +14,10 @@ from pipeline.artifact import verify
 from pipeline.config import Config
 from pipeline.coverage import Coverage, cover
 from pipeline.errors import ConfigError, VecmillError
-from pipeline.evaluation import read_queries
 from pipeline.indexing import is_asked_anew
 from pipeline.job import Event, Job, Say, plan_job
 from pipeline.journal import journal
+from pipeline.judgements import read_queries
 from pipeline.live import config_spec
 from pipeline.log import Lease, writing
 from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest

@@ -29,8 +29,8 @@ from pipeline.passages import KEY_BYTES
 from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes
 from pipeline.snapshot import Part
 from pipeline.storage import Storage
+from tests.benchmarks.machine import machine
 from tests.benchmarks.simulated import TOKENS_PER_S
-from tests.benchmarks.spine import machine
 from tests.conftest import make_config
 
 PASSAGES, DIM = 1_000_000_000, 1024

@@ -40,7 +40,7 @@ from pipeline.encoder_bench import interleave, query_latency
 from pipeline.model import find_model, resolve_spec
 from pipeline.numerics import resolve_backend, resolve_here
 from pipeline.torch_engine import TorchEngine, load_plain, matmul_rate
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 from tests.conftest import MINILM, SHARED_DATA, write_jsonl
 
 QUICK = "--quick" in sys.argv

@@ -21,7 +21,7 @@ HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
 from tests.benchmarks import debian
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 
 DOCUMENTS = 100_000
 CHANGED, ADDED, DELETED = 600, 200, 200

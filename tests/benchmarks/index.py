@@ -30,7 +30,7 @@ from pipeline.config_what import IndexConfig
 from pipeline.index_plan import IndexPlan, choose
 from pipeline.recall import exact_search
 from tests.benchmarks import debian
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 from tests.conftest import MINILM
 
 QUERIES, K, SEED = 1000, 10, 1234

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HOME))
 from pipeline.comparison import compare
 from pipeline.config_file import load_config
 from pipeline.run import reindex
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 from tests.benchmarks.training import told
 from tests.conftest import SHARED_DATA
 

@@ -33,7 +33,7 @@ from pipeline.merging import merge
 from pipeline.publish import require_live
 from pipeline.snapshot import parts, snapshot_of
 from tests.benchmarks import debian
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 
 SHARDS = 8
 ROOTS = {"default settings": (1, "auto"), "four times the texts, a byte per dimension": (4, "ivfsq8")}

@@ -38,7 +38,7 @@ from pipeline.index_parts import Parts
 from pipeline.index_plan import choose
 from pipeline.recall import drop_self, recall, score
 from pipeline.vectors import Readahead, open_vectors
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 
 K, TARGET, COLD_QUERIES, TIMED = 10, 0.95, 50, 300
 NPROBES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)

@@ -24,7 +24,7 @@ from pipeline.manifest import MergeRecord
 from pipeline.publish import require_live
 from pipeline.snapshot import snapshot_of
 from tests.benchmarks import debian
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 
 DOCUMENTS = 100_000
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HOME))
 from pipeline.compression import Compression, compress
 from pipeline.config_file import load_config
 from pipeline.run import reindex
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 from tests.benchmarks.training import DATASETS, IN_BATCH, Bench
 from tests.conftest import SHARED_DATA
 

@@ -22,10 +22,10 @@ sys.path.insert(0, str(HOME))
 
 
 from pipeline.client import Artifact, open_root
-from pipeline.evaluation import ir_metrics, read_qrels, read_queries
+from pipeline.judgements import ir_metrics, read_qrels, read_queries
 from pipeline.run import reindex
 from pipeline.searcher import documents
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 from tests.conftest import SHARED_DATA, make_config
 
 DATASETS = ("scifact", "cacm")

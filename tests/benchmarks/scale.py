@@ -32,8 +32,8 @@ from pipeline.job import plan_job
 from pipeline.journal import last_runs
 from pipeline.storage import Storage
 from tests.benchmarks import debian
+from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import cpu_seconds, spilled_bytes, watched
-from tests.benchmarks.spine import machine
 from tests.conftest import seaweed, write_jsonl
 from tests.faults.proxy import faults_before
 

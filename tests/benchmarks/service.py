@@ -35,7 +35,7 @@ from pipeline.log import writing
 from pipeline.publish import commit
 from pipeline.storage import Storage
 from tests.benchmarks import debian
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 
 DOCUMENTS, QUERIES = 450_000, 2000
 REQUESTS, SECONDS, PUBLISHES = 1000, 10.0, 50

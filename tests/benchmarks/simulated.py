@@ -37,8 +37,8 @@ from pipeline.stages import embed
 from pipeline.stages.cluster import Cluster
 from pipeline.tokenized import NO_SPANS, TokenizedUnit
 from pipeline.tokenizer import TextTokenizer
+from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import cpu_seconds, spilled_bytes
-from tests.benchmarks.spine import machine
 from tests.conftest import make_config
 
 ACTORS = (1, 4, 16, 64)

@@ -4,10 +4,8 @@ Speeds are ratios of medians over interleaved runs (A, B, A, B ...) with the qua
 SciFact is read from ../shared/data; without it those rows are left out and the script says so.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from pipeline.evaluation import labelled
 from pipeline.index_plan import choose
 from pipeline.live import open_live
 from pipeline.run import reindex
+from tests.benchmarks.machine import machine
 from tests.conftest import SHARED_DATA, make_config
 
 ROUNDS = 3
@@ -48,21 +47,6 @@ def main() -> None:
     file = Path(__file__).with_suffix(".json")
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(file.read_text())
-
-
-def machine() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
-    )
-    names = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "ray", "pyarrow")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HOME, capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "commit": commit,
-    }
 
 
 def scifact(folder: Path) -> tuple[dict[str, Any], Any]:

@@ -26,7 +26,7 @@ from pipeline.comparison import compare
 from pipeline.config_file import load_config
 from pipeline.training.pairs import read_pairs
 from pipeline.training.recipe import Kind, Recipe, plan_training
-from tests.benchmarks.spine import machine
+from tests.benchmarks.machine import machine
 from tests.conftest import SHARED_DATA
 
 DATASETS = ("scifact", "cacm")

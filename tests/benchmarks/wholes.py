@@ -32,8 +32,8 @@ from pipeline.model import find_model
 from pipeline.recall import exact_search
 from pipeline.vectors import to_float32
 from tests.benchmarks import debian
+from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import watched
-from tests.benchmarks.spine import machine
 from tests.conftest import MINILM, write_jsonl
 from tests.faults.sessions import end_session
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import CrossEncoder, MultiVectorEncoder
 
-from pipeline.calibration import BUDGETS
 from pipeline.encoder import Encoder
-from pipeline.encoder_bench import measure, synthetic_texts
+from pipeline.encoder_bench import synthetic_texts
 from pipeline.model import resolve_spec
+from pipeline.reranker import load_reranker
+from pipeline.tokenizer import TextTokenizer
 from pipeline.torch_engine import load_plain
 from tests.gpu.random_models import write_model
 
@@ -42,11 +44,41 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(model):
     assert encoder.batch_tokens < 1 << 30
 
 
-@pytest.mark.parametrize("shape", ["minilm-l6", "bge-base", "bge-large"])
-def test_bench_beats_sentence_transformers(tmp_path, shape):
-    spec, _ = resolve_spec(model=str(write_model(shape, tmp_path / shape)), precision="fp16")
-    report = measure(spec, synthetic_texts(Encoder(spec).tokenizer, 20_000), baseline=True)
-    print(report)
-    assert report.batch_tokens in BUDGETS["cuda"]
-    assert 0 < report.mfu <= 1
-    assert min(row["ratio"] for name, row in report.baseline.items() if name != "ours") > 1
+def test_late_chunks_are_those_of_fp32(model):
+    spec, _ = resolve_spec(model=model, precision="fp16")
+    encoder = Encoder(spec)
+    tokens = encoder.tokenizer(synthetic_texts(encoder.tokenizer, 200))
+    spans = np.array(
+        [[row, start, min(start + 64, len(ids))] for row, ids in enumerate(tokens) for start in range(0, len(ids), 64)],
+        dtype=np.int32,
+    )
+    found = encoder.encode_spans(tokens, spans)
+    exact = Encoder(resolve_spec(model=model, precision="fp32")[0]).encode_spans(tokens, spans).vectors
+    cosine = (found.vectors * exact).sum(axis=1)
+    assert not found.failed
+    assert cosine.mean() >= 0.9999
+    assert cosine.min() >= 0.999
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("kind", [CrossEncoder, MultiVectorEncoder])
+def test_rerankers_score_as_sentence_transformers_does(model, kind, precision, tmp_path):
+    torch.manual_seed(0)
+    made = kind(model, device="cuda", **({"activation_fn": torch.nn.Identity()} if kind is CrossEncoder else {}))
+    if kind is CrossEncoder:  # else all scores are alike
+        made.model.bert.pooler.dense.weight.data.normal_(std=0.3)
+        made.model.classifier.weight.data.normal_()
+    made.save(str(tmp_path / "made"))
+    reranker = load_reranker(str(tmp_path / "made"), precision=precision)
+    query, *texts = synthetic_texts(TextTokenizer(resolve_spec(model=model)[1], 512), 100)
+    query = " ".join(query.split()[:8])
+    plain = kind(str(tmp_path / "made"), device="cuda").eval()
+    if kind is CrossEncoder:
+        expected = plain.predict([(query, text) for text in texts])
+    else:
+        expected = plain.similarity(plain.encode_query([query]), plain.encode_document(texts))[0].cpu().numpy()
+    scores = reranker.score(query, texts)
+    spread = float(np.std(expected))
+    assert np.isfinite(scores).all()
+    assert spread > 0.01
+    assert np.abs(scores - expected).max() < {"fp32": 0.02, "fp16": 0.1, "bf16": 0.5}[precision] * spread

@@ -1,0 +1,44 @@
+"""Where a number was measured: processor, GPU, versions, commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HOME = Path(__file__).parent.parent.parent
+PACKAGES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "ray", "pyarrow")
+
+
+def machine() -> dict[str, Any]:
+    """``COMMIT`` names the commit where the checkout came without its history."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        **_gpu(),
+        "python": platform.python_version(),
+        "versions": dict(filter(None, map(_version, PACKAGES))),
+        "commit": os.environ.get("COMMIT") or _commit(),
+    }
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+
+
+def _version(package: str) -> tuple[str, str] | None:
+    try:
+        return package, importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HOME, capture_output=True, text=True, check=True)
+    return found.stdout.strip()
