@@ -22,7 +22,7 @@ DOORS = {
     "transformers": {"torch_engine", "encoder_bench", "training/trainer"},
     "tokenizers": {"tokenizer"},
     "fsspec": {"storage"},
-    "ir_measures": {"evaluation"},
+    "ir_measures": {"judgements"},
     "yaml": {"config_file"},
     "s3fs": {"retries"},
     "jinja2": {"report"},

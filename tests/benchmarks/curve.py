@@ -34,6 +34,7 @@ sys.path.insert(0, str(HOME))
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.fingerprint import fingerprint
 from pipeline.judgements import ir_metrics, read_qrels, read_queries
 from pipeline.training.pairs import Pair, read_pairs
 from pipeline.training.recipe import Kind, Recipe, plan_training
