@@ -1,9 +1,10 @@
 """Measures the encoder on a GPU; writes gpu.json. Minutes; needs torch and sentence-transformers, neither Ray nor FAISS.
 
-``python tests/benchmarks/gpu.py OUT [MODEL TEXTS]``: models of well-known shapes with random weights on random words, and a
-real MODEL on the texts of curve.py's PACK (``PACK/model PACK/texts.json.gz``). Against SentenceTransformer.encode with FP32
-defaults and with 16-bit weights at its best batch size, in turn, tokenizing included. Beside it the rate with texts tokenized
-ahead, which is how the pipeline feeds an encoder, and what one core tokenizes: how many cores a GPU needs.
+``python tests/benchmarks/gpu.py OUT PACK``: MiniLM on SciFact, both from the PACK of curve.py, then models of well-known shapes
+with random weights on random words; of OUT/gpu.json, what is there already is not measured again. Against
+SentenceTransformer.encode with FP32 defaults and with 16-bit weights at its best batch size, in turn, tokenizing included.
+Beside it the rate with texts tokenized ahead, which is how the pipeline feeds an encoder, and what one core tokenizes: how
+many cores a GPU needs.
 """
 
 import gzip
@@ -25,11 +26,12 @@ sys.path.insert(0, str(HOME))
 from pipeline.calibration import calibrate
 from pipeline.encoder import Encoder
 from pipeline.encoder_bench import interleave, measure, synthetic_texts
-from pipeline.model import EncoderSpec, resolve_spec
+from pipeline.model import EncoderSpec, find_model, resolve_spec
+from pipeline.tokenizer import TextTokenizer
 from tests.benchmarks.machine import machine
 from tests.gpu.random_models import write_model
 
-TEXTS = {"minilm-l6": 20_000, "bge-base": 10_000, "bge-large": 5_000}
+TEXTS = {"bge-base": 2500}
 ONE_CORE_TEXTS = 1000
 ROUNDS = 3
 
@@ -37,15 +39,17 @@ ROUNDS = 3
 def main() -> None:
     out = Path(sys.argv[1]).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"measured": machine(), "models": {}}
+    kept = out / "gpu.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"models": {}}
+    found["measured"] = machine()
     with tempfile.TemporaryDirectory() as folder:
-        if len(sys.argv) > 2:
-            spec = resolve_spec(model=sys.argv[2], precision="fp16")[0]
-            texts = list(json.loads(gzip.decompress(Path(sys.argv[3]).read_bytes())).values())
-            _add(found, out, "all-MiniLM-L6-v2", spec, texts)
-        for shape, count in TEXTS.items():
+        if "all-MiniLM-L6-v2" not in found["models"]:
+            spec = resolve_spec(model=f"{sys.argv[2]}/model", precision="fp16")[0]
+            texts = json.loads(gzip.decompress(Path(sys.argv[2], "scifact", "texts.json.gz").read_bytes()))
+            _add(found, out, "all-MiniLM-L6-v2", spec, list(texts.values()))
+        for shape in (name for name in TEXTS if name not in found["models"]):
             spec = resolve_spec(model=str(write_model(shape, Path(folder) / shape)), precision="fp16")[0]
-            _add(found, out, shape, spec, synthetic_texts(Encoder(spec).tokenizer, count))
+            _add(found, out, shape, spec, synthetic_texts(TextTokenizer(find_model(spec.model), spec.max_tokens), TEXTS[shape]))
 
 
 def _add(found: dict[str, Any], out: Path, name: str, spec: EncoderSpec, texts: Sequence[str]) -> None:
