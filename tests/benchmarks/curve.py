@@ -40,7 +40,7 @@ from pipeline.training.recipe import Recipe, plan_training
 from tests.benchmarks.machine import machine
 
 DEPTH, TOKENS, DRAWN = 50, 512, 5
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 SHARES = (0.25, 0.5, 1.0)
 RERANKER = Recipe(epochs=2, batch=4, learning_rate=5e-5, negatives=4, max_tokens=TOKENS)
 CHOICES = [replace(RERANKER, learning_rate=rate) for rate in (2e-5, 5e-5, 1e-4)]
@@ -110,7 +110,7 @@ def run(packed: Path, out: Path, processes: int) -> None:
             return [asdict(task) | known[name] for name, task in names.items()]
 
         found["dev"] = done([Task(recipe, judged="dev") for recipe in CHOICES])
-        best = CHOICES[int(np.argmax([row["ndcg@10"] for row in found["dev"]]))]
+        best = CHOICES[int(np.argmax([row["dev"]["ndcg@10"] for row in found["dev"]]))]
         found["chosen"] = asdict(best)
         tasks = [Task(replace(best, seed=seed), share=share) for share in SHARES[::-1] for seed in SEEDS]
         found["test"] = done(tasks)
@@ -173,9 +173,7 @@ def _judge(packed: Path, name: str, reranker: Any) -> dict[str, float]:
 
 def _pairs(packed: Path, task: Task) -> list[Pair]:
     """Those of a share of the training queries; without the fifth that judges where that is what judges."""
-    pairs = read_pairs(
-        str(packed / "train.parquet"), Config.model_validate({"root": str(packed / "root"), "corpus": {"uri": "."}})
-    )
+    pairs = read_pairs(str(packed / "train.parquet"), _config(packed))
     held = set(_judged(packed, "dev")) if task.judged == "dev" else set()
     names = sorted({str(pair.query_id) for pair in pairs} - held)
     drawn = np.random.default_rng(task.recipe.seed).permutation(len(names))[: round(task.share * len(names))]
