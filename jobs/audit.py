@@ -18,7 +18,7 @@ def audit(
     verbose: VerboseOption = False,
 ) -> None:
     """Prove that every live passage is in the index once, with its own text, vector and code; exit 5 names the first wrong."""
-    from pipeline.audit import audit as run_audit
+    from pipeline.artifacts.audit import audit as run_audit
 
     found = run_audit(load_config(config, tuple(overrides or ())), sample)
     if as_json:

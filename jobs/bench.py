@@ -8,9 +8,9 @@ from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
 from pipeline.config_file import load_config
+from pipeline.encoding.numerics import on_gpu
 from pipeline.job import plan_job
-from pipeline.numerics import on_gpu
-from pipeline.planning import sample_texts
+from pipeline.operations.planning import sample_texts
 
 app = typer.Typer(help="Time a part of the pipeline on this machine.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def encoder(
     verbose: VerboseOption = False,
 ) -> None:
     """Time the config's encoder on a sample of its corpus: tokens/s, MFU, cosine to FP32, latency of one query."""
-    from pipeline.encoder_bench import measure
+    from pipeline.encoding.encoder_bench import measure
 
     job = plan_job(load_config(config, tuple(overrides or ())), on_gpu=on_gpu())
     report = asdict(measure(job.spec, sample_texts(job), rounds=rounds, baseline=baseline))

@@ -8,10 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, one_of, print_json, results, write_page
-from pipeline.searcher import Mode
+from pipeline.search.searcher import Mode
 
 if TYPE_CHECKING:
-    from pipeline.comparison import Comparison
+    from pipeline.reports.comparison import Comparison
 
 LIKELY_CHANCE = 0.05
 
@@ -33,7 +33,7 @@ def compare(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure nDCG@10, MRR@10, recall@100, time and bytes of each, and how sure the differences to the first are."""
-    from pipeline.comparison import compare as compare_artifacts
+    from pipeline.reports.comparison import compare as compare_artifacts
 
     ranked = one_of("--mode", mode, Mode)
     found = compare_artifacts(targets, queries, qrels, mode=ranked, rerank=rerank, overrides=tuple(overrides or ()))
@@ -42,7 +42,7 @@ def compare(
     else:
         _show(found)
     if html is not None:
-        from pipeline.report import render_comparison
+        from pipeline.reports.report import render_comparison
 
         write_page(html, render_comparison(found))
 

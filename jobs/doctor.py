@@ -10,8 +10,8 @@ import typer
 from jobs.options import JsonOption, VerboseOption, command, print_json, results
 from pipeline.config import StoreConfig
 from pipeline.config_file import load_config
-from pipeline.doctor import Finding, examine, examine_storage
 from pipeline.errors import VerificationError
+from pipeline.operations.doctor import Finding, examine, examine_storage
 
 app = typer.Typer(help="Try out whether this machine and a storage can do what a run needs.", invoke_without_command=True)
 OptionalConfig = Annotated[Path | None, typer.Option("--config", "-c", help="Look at its model, root and corpus too")]

@@ -6,9 +6,9 @@ import typer
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
+from pipeline.artifacts.live import open_live
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.live import open_live
 
 
 @command
@@ -23,7 +23,7 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure nDCG@10, MRR@10 and recall@100 of the live artifact, for every way it can be searched."""
-    from pipeline.evaluation import labelled
+    from pipeline.search.evaluation import labelled
 
     settings = load_config(config, tuple(overrides or ()))
     queries, qrels = queries or settings.evaluation.queries, qrels or settings.evaluation.qrels

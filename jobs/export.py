@@ -19,7 +19,7 @@ def export(
     verbose: VerboseOption = False,
 ) -> None:
     """Write every live document and passage with its vector as Parquet, embeddings as fixed_size_list."""
-    from pipeline.export import export as run_export
+    from pipeline.artifacts.export import export as run_export
 
     rows = run_export(load_config(config, tuple(overrides or ())), out, as_float32=float32, with_text=not no_text)
     if as_json:

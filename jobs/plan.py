@@ -10,10 +10,10 @@ from rich.table import Table
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.encoding.numerics import on_gpu
 from pipeline.job import Job, plan_job
-from pipeline.numerics import on_gpu
-from pipeline.planning import Plan, make_plan, measure_rate
-from pipeline.what_if import WhatIf, parse_cluster, what_if
+from pipeline.operations.planning import Plan, make_plan, measure_rate
+from pipeline.operations.what_if import WhatIf, parse_cluster, what_if
 
 SHOWN_IGNORED = 3
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))

@@ -26,7 +26,6 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import VecmillError
 from pipeline.job import Event, Meter, Say, new_run_id
-from pipeline.manifest import ArtifactManifest
 from pipeline.metrics import (
     INDEX_NTOTAL,
     RECALL,
@@ -38,8 +37,9 @@ from pipeline.metrics import (
     RUN_TIME,
     Metric,
 )
-from pipeline.result import RunResult, check_name, one_line, write_result
-from pipeline.storage import Storage
+from pipeline.root.manifest import ArtifactManifest
+from pipeline.root.result import RunResult, check_name, one_line, write_result
+from pipeline.root.storage import Storage
 
 if TYPE_CHECKING:
     from pipeline.run import Outcome
@@ -195,7 +195,7 @@ def _measured(file: Path | None) -> Iterator[list["Outcome"]]:
 
 
 def _write_metrics(file: Path, code: int, seconds: float, outcomes: list["Outcome"]) -> None:
-    from pipeline.exposition import Meters
+    from pipeline.operations.exposition import Meters
 
     took = {RUN_EXIT_CODE: float(code), RUN_TIME: time.time(), RUN_SECONDS: seconds}
     found = _levels(outcomes[0]) if outcomes else {}

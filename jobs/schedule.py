@@ -1,7 +1,7 @@
 """``vecmill schedule``: a run for every tick of a cron expression, one at a time.
 
-Its memory is what is under the root (pipeline.result): after a restart it makes up what was missed in one run and runs nothing
-twice. A run is a process of its own, so no end of a run is the scheduler's end, and its exit code is only told.
+Its memory is what is under the root (pipeline.root.result): after a restart it makes up what was missed in one run and runs
+nothing twice. A run is a process of its own, so no end of a run is the scheduler's end, and its exit code is only told.
 """
 
 import json
@@ -20,10 +20,10 @@ from jobs.options import SIGNALLED, ConfigOption, SetOption, VerboseOption, comm
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, VecmillError
-from pipeline.result import History, history, next_attempt, read_result
-from pipeline.schedule import Schedule
-from pipeline.storage import Storage
-from pipeline.submission import digest
+from pipeline.operations.schedule import Schedule
+from pipeline.operations.submission import digest
+from pipeline.root.result import History, history, next_attempt, read_result
+from pipeline.root.storage import Storage
 
 LONGEST_SLEEP_S = 60.0
 """A machine that was suspended or whose clock was set looks again after so long."""

@@ -12,7 +12,7 @@ from jobs.options import JsonOption, SetOption, VerboseOption, command, one_of, 
 from pipeline.client import Artifact, open_artifact, open_root
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.searcher import Hit, Mode
+from pipeline.search.searcher import Hit, Mode
 
 MIN_TEXT_CHARS = 20
 ID_CHARS = 48

@@ -6,16 +6,16 @@ from typing import Any
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
-from pipeline.artifact import MANIFEST
+from pipeline.artifacts.artifact import MANIFEST
+from pipeline.artifacts.live import known_files
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.ingest.units import count_done, identify_files, plan_units
 from pipeline.job import plan_job
-from pipeline.journal import last_runs
-from pipeline.live import known_files
-from pipeline.log import Log, LogEntry, last_beat
-from pipeline.manifest import ArtifactManifest, load
-from pipeline.storage import Storage
-from pipeline.units import count_done, identify_files, plan_units
+from pipeline.root.journal import last_runs
+from pipeline.root.log import Log, LogEntry, last_beat
+from pipeline.root.manifest import ArtifactManifest, load
+from pipeline.root.storage import Storage
 
 SHOWN_RUNS = 5
 

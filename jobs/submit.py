@@ -29,9 +29,9 @@ from jobs.options import ConfigOption, JsonOption, QuietOption, SetOption, Verbo
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, LockedError, ProcessError, VecmillError
-from pipeline.result import RunResult, read_result, scheduled_name
-from pipeline.storage import Storage
-from pipeline.submission import CONFIG_NAME, digest, pack, secret_environment
+from pipeline.operations.submission import CONFIG_NAME, digest, pack, secret_environment
+from pipeline.root.result import RunResult, read_result, scheduled_name
+from pipeline.root.storage import Storage
 
 AGENT_WAIT_S = 120.0
 """A head answers before its job agent is up: so long it may take."""

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, one_of, print_json, progress, results
+from pipeline.artifacts.live import OpenedHere, open_live
 from pipeline.client import Artifact
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.job import Event
-from pipeline.live import OpenedHere, open_live
 from pipeline.training.mining import Mining, judged_pairs
 from pipeline.training.mining import mine as mine_negatives
 from pipeline.training.pairs import Pair, Unlabelled, corpus_pairs, read_pairs, write_pairs
@@ -59,7 +59,7 @@ def mine(
     verbose: VerboseOption = False,
 ) -> None:
     """Write training pairs with hard negatives: texts that the live artifact finds near a query and that do not answer it."""
-    from pipeline.judgements import read_qrels  # with what measures: no other command waits for it
+    from pipeline.search.judgements import read_qrels  # with what measures: no other command waits for it
 
     settings = load_config(config, tuple(overrides or ()))
     if settings.passages.late:
@@ -91,7 +91,7 @@ def mine(
 
 
 def _judged_pairs(settings: Config, opened: OpenedHere, artifact: Artifact, queries: str, judged: Judgements) -> list[Pair]:
-    from pipeline.judgements import read_queries
+    from pipeline.search.judgements import read_queries
 
     texts = read_queries(queries, settings.store)
     return judged_pairs(artifact, opened.partition.documents, texts, judged, f"judgements of {queries}")
@@ -123,7 +123,7 @@ def train_encoder(
     if pairs is not None:
         found = read_pairs(pairs, settings)
     else:
-        from pipeline.judgements import read_qrels
+        from pipeline.search.judgements import read_qrels
 
         opened = open_live(settings)
         judged = read_qrels(str(qrels), settings.store)

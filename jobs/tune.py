@@ -20,14 +20,14 @@ from jobs.options import (
     results,
     write_page,
 )
+from pipeline.artifacts.publish import require_live
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.manifest import ArtifactManifest
-from pipeline.publish import require_live
-from pipeline.storage import Storage
+from pipeline.root.manifest import ArtifactManifest
+from pipeline.root.storage import Storage
 
 if TYPE_CHECKING:
-    from pipeline.compression import Compression
+    from pipeline.reports.compression import Compression
 
 
 @command
@@ -57,8 +57,8 @@ def tune(
 
 
 def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: bool) -> None:
-    from pipeline.compression import compress
-    from pipeline.report import render_compression
+    from pipeline.reports.compression import compress
+    from pipeline.reports.report import render_compression
 
     with progress(quiet=quiet, as_json=as_json) as say:
         found = compress(settings, say)
@@ -94,7 +94,7 @@ def report(
     storage = Storage(settings.root, settings.store)
     manifest = require_live(storage)
     if html is not None:
-        from pipeline.report import render, stored_account
+        from pipeline.reports.report import render, stored_account
 
         write_page(html, render(stored_account(storage, manifest)))
     if as_json:

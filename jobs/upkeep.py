@@ -8,8 +8,8 @@ import typer
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, duration, messages, print_json, results
 from pipeline.config_file import load_config
 from pipeline.errors import LockedError
-from pipeline.log import Log
-from pipeline.storage import Storage
+from pipeline.root.log import Log
+from pipeline.root.storage import Storage
 
 
 def _tell(text: str) -> None:
@@ -25,7 +25,7 @@ def rollback(
     verbose: VerboseOption = False,
 ) -> None:
     """Put an earlier artifact live again, after verifying every byte of it."""
-    from pipeline import upkeep
+    from pipeline.operations import upkeep
 
     manifest = upkeep.rollback(load_config(config, tuple(overrides or ())), to, _tell)
     if as_json:
@@ -46,7 +46,7 @@ def gc(
     verbose: VerboseOption = False,
 ) -> None:
     """Delete what neither the last artifacts nor a run of late needs."""
-    from pipeline import upkeep
+    from pipeline.operations import upkeep
 
     settings = load_config(config, tuple(overrides or ()))
     found = upkeep.collect(settings, keep, duration(grace), compact=compact, dry_run=dry_run, say=_tell)
@@ -70,7 +70,7 @@ def purge(
     verbose: VerboseOption = False,
 ) -> None:
     """Erase documents that have left the corpus: text, vectors, rejected rows, all earlier artifacts; and prove it."""
-    from pipeline import erasure
+    from pipeline.operations import erasure
 
     found = erasure.purge(load_config(config, tuple(overrides or ())), doc_ids, _tell)
     if as_json:
@@ -88,7 +88,7 @@ def unlock(
     verbose: VerboseOption = False,
 ) -> None:
     """Show who writes under the root; with --force take it away. A dead writer needs none: the next run waits it out."""
-    from pipeline import log
+    from pipeline.root import log
 
     settings = load_config(config, tuple(overrides or ()))
     storage = Storage(settings.root, settings.store)

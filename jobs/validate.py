@@ -11,10 +11,10 @@ import typer
 from jobs.options import ConfigOption, JsonOption, QuietOption, SetOption, VerboseOption, command, print_json, progress, results
 from pipeline.config_file import load_config
 from pipeline.errors import DataError
-from pipeline.ingestion import REJECTED_SCHEMA
+from pipeline.ingest.ingestion import REJECTED_SCHEMA
+from pipeline.ingest.validation import Validation
+from pipeline.ingest.validation import validate as run_validation
 from pipeline.job import Event
-from pipeline.validation import Validation
-from pipeline.validation import validate as run_validation
 
 SHOWN = 10
 

@@ -2,12 +2,12 @@
 
 from jobs.options import JsonOption, SetOption, VerboseOption, command, print_json, results
 from jobs.search import NOTHING_NAMED, ArtifactOption, OptionalConfig
-from pipeline import artifact as artifacts
-from pipeline import layout
+from pipeline.artifacts import artifact as artifacts
+from pipeline.artifacts.publish import require_live
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.publish import require_live
-from pipeline.storage import Storage
+from pipeline.root import layout
+from pipeline.root.storage import Storage
 
 
 @command

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.ann.operating import pick
+from pipeline.ann.recall import Matrix
+from pipeline.artifacts.live import Opened, open_live, open_uri, query_spec
 from pipeline.config import Config, SearchConfig
+from pipeline.encoding.model import EncoderSpec
 from pipeline.errors import ConfigError
-from pipeline.filters import AnyFilter, parse_filter
-from pipeline.live import Opened, open_live, open_uri, query_spec
-from pipeline.model import EncoderSpec
-from pipeline.operating import pick
-from pipeline.recall import Matrix
-from pipeline.reranking import Reranking
-from pipeline.searcher import Ask, FoundText, Hit, Mode, Queries, documents
+from pipeline.search.filters import AnyFilter, parse_filter
+from pipeline.search.reranking import Reranking
+from pipeline.search.searcher import Ask, FoundText, Hit, Mode, Queries, documents
 
 
 class Artifact:
@@ -75,7 +75,7 @@ class Artifact:
     ) -> list[list[FoundText]]:
         """The k best texts of each query with the documents that have them. What is None is as the config says.
 
-        ``filter``: see pipeline.filters. ``recall``, ``latency_ms``: the fastest, or best, measured settings for that.
+        ``filter``: see pipeline.search.filters. ``recall``, ``latency_ms``: the fastest, or best, measured settings for that.
         ``rerank``: by the re-ranker of the config. Raises ConfigError on an empty query and on what the artifact, or
         config, has not.
         """

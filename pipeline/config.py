@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from pipeline.config_what import CorpusConfig, EncoderConfig, IndexConfig, PassagesConfig, Section
-from pipeline.model import UNLIMITED_TOKENS
+from pipeline.encoding.model import UNLIMITED_TOKENS
 
 
 class EvaluationConfig(Section):

@@ -4,6 +4,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+Kind = Literal["flat", "ivfpq", "ivfpqfs", "ivfrabitq", "ivfsq8", "factory"]
+"""Of an index; ``factory``: what ``index.factory`` spells out."""
 Rescore = Literal["float16", "int8", "none"]
 
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.batching import Lengths, Places, Tokens, Vectors, lengths_of
-from pipeline.calibration import BUDGETS
+from pipeline.encoding.batching import Lengths, Places, Tokens, Vectors, lengths_of
+from pipeline.encoding.calibration import BUDGETS
+from pipeline.encoding.model import EncoderSpec, ModelFolder, find_model, resolve_spec
+from pipeline.encoding.numerics import cpu_threads, on_gpu, resolve_backend, resolve_here
+from pipeline.encoding.openvino_engine import Graph, GraphFacts, OpenVinoEngine, graph_folder, load_graph, save_graph, trace
+from pipeline.encoding.tokenizer import TextTokenizer
+from pipeline.encoding.unit_vectors import are_unit, mean_of_windows, why_none
+from pipeline.encoding.windows import Spans, Windowed, by_row, document_tokens
 from pipeline.errors import EncoderError
-from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
-from pipeline.numerics import cpu_threads, on_gpu, resolve_backend, resolve_here
-from pipeline.openvino_engine import Graph, GraphFacts, OpenVinoEngine, graph_folder, load_graph, save_graph, trace
-from pipeline.tokenizer import TextTokenizer
-from pipeline.unit_vectors import are_unit, mean_of_windows, why_none
-from pipeline.windows import Spans, Windowed, by_row, document_tokens
 
 if TYPE_CHECKING:
-    from pipeline.torch_engine import TorchEngine
+    from pipeline.encoding.torch_engine import TorchEngine
 
     Engine = TorchEngine | OpenVinoEngine
 
@@ -204,7 +204,7 @@ class Encoder:
         return engine
 
     def _load(self, precision: str) -> "TorchEngine":
-        from pipeline import torch_engine  # seconds to import, and an encoder on OpenVINO seldom needs it
+        from pipeline.encoding import torch_engine  # seconds to import, and an encoder on OpenVINO seldom needs it
 
         if self._threads is not None:
             torch_engine.set_threads(self._threads)
@@ -295,6 +295,6 @@ def load_query_encoder(spec: EncoderSpec, *, threads: int | None = None) -> Enco
 
 
 if __name__ == "__main__":
-    from pipeline.encoder_bench import main
+    from pipeline.encoding.encoder_bench import main
 
     main()

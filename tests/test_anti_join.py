@@ -7,13 +7,13 @@ import pyarrow as pa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import layout
-from pipeline.anti_join import missing_passages, missing_rows
+from pipeline.embed.anti_join import missing_passages, missing_rows
 from pipeline.fingerprint import sha256
-from pipeline.manifest import DataFile, Record
-from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes
-from pipeline.snapshot import Part
-from pipeline.storage import Storage
+from pipeline.ingest.snapshot import Part
+from pipeline.root import layout
+from pipeline.root.manifest import DataFile, Record
+from pipeline.root.shards import KEY_DTYPE, fixed_binary, parquet_bytes
+from pipeline.root.storage import Storage
 
 FOLDER = "encoder"
 KEYS = np.sort(np.frombuffer(np.random.default_rng(5).bytes(16 * 40), dtype=KEY_DTYPE))

@@ -10,21 +10,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import slices
+from pipeline.ann.index_plan import choose
 from pipeline.config_file import load_config
 from pipeline.config_what import IndexConfig, PassagesConfig
-from pipeline.corpus import choose_files, read_documents
 from pipeline.encoder import Encoder
+from pipeline.encoding.model import resolve_spec
+from pipeline.encoding.tokenizer import TextTokenizer
+from pipeline.encoding.windows import SEGMENT_CHARS
 from pipeline.errors import BadFileError, ConfigError, DataError, EncoderError
-from pipeline.index_plan import choose
-from pipeline.listing import list_files
-from pipeline.model import resolve_spec
-from pipeline.passages import Splitter
-from pipeline.slices import Slice
-from pipeline.storage import Storage
-from pipeline.tokenizer import TextTokenizer
-from pipeline.validation import validate
-from pipeline.windows import SEGMENT_CHARS
+from pipeline.ingest import slices
+from pipeline.ingest.corpus import choose_files, read_documents
+from pipeline.ingest.listing import list_files
+from pipeline.ingest.passages import Splitter
+from pipeline.ingest.slices import Slice
+from pipeline.ingest.validation import validate
+from pipeline.root.storage import Storage
 from tests.conftest import make_config, write_jsonl
 
 GOOD = [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}]
@@ -328,7 +328,7 @@ def test_52_deleting_what_is_not_there_is_no_error(corpus):
 
 
 def test_53_a_line_without_end_is_put_aside(corpus, monkeypatch):
-    monkeypatch.setattr("pipeline.formats.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("pipeline.ingest.formats.MAX_LINE_BYTES", 1 << 16)
     write_jsonl(corpus / "a.jsonl", [GOOD[0], {"id": "long", "text": "x" * 200_000}, GOOD[1]])
     found = check(corpus)
     assert [(row.source_row, row.code) for row in found.rejected] == [(1, "E_LINE_TOO_LONG")]

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import _size
+from pipeline.artifacts.cache import _size
+from pipeline.artifacts.live import open_share, open_uri
 from pipeline.config import SearchConfig
 from pipeline.errors import StorageError, VerificationError
-from pipeline.live import open_share, open_uri
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.searcher import Ask, Queries, Searcher
-from pipeline.storage import Storage
+from pipeline.search.searcher import Ask, Queries, Searcher
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 
@@ -174,7 +174,7 @@ def test_of_a_share_the_whole_of_the_vectors_is_verified(tmp_path, two_parts, ro
 READER = """
 import sys
 from pipeline.config import SearchConfig, StoreConfig
-from pipeline.live import open_uri
+from pipeline.artifacts.live import open_uri
 import json
 uri, cache, size, store = sys.argv[1:]
 for _ in range(8):

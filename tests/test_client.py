@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 import pipeline
+from pipeline.artifacts.publish import require_live
 from pipeline.client import open_root
 from pipeline.errors import ConfigError
-from pipeline.publish import require_live
-from pipeline.reranker import load_reranker
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
+from pipeline.search.reranker import load_reranker
 from tests.conftest import make_config, sentences, start_ray, write_jsonl
 from tests.test_reranker import save_model
 

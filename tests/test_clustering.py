@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline import clustering
+from pipeline.ann import clustering
 from tests.test_index import unit_vectors
 
 

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from pipeline import collection, index
-from pipeline.collection import Collection
+from pipeline.ann import collection, index
+from pipeline.ann.collection import Collection
+from pipeline.ann.index_parts import Parts
+from pipeline.ann.index_plan import choose
+from pipeline.ann.recall import exact_search
 from pipeline.config_what import IndexConfig
-from pipeline.index_parts import Parts
-from pipeline.index_plan import choose
-from pipeline.recall import exact_search
 from tests.test_index import unit_vectors
 
 COUNT, DIM, K = 40_000, 32, 10

@@ -5,17 +5,18 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import layout, upkeep
-from pipeline.audit import audit
-from pipeline.compaction import SMALL_ROWS
-from pipeline.erasure import purge
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.publish import live_artifact
 from pipeline.errors import ConfigError, StorageError, VerificationError
 from pipeline.job import plan_job
-from pipeline.manifest import list_records
-from pipeline.publish import live_artifact
+from pipeline.operations import upkeep
+from pipeline.operations.compaction import SMALL_ROWS
+from pipeline.operations.erasure import purge
+from pipeline.root import layout
+from pipeline.root.manifest import list_records
+from pipeline.root.shards import read_columns
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.shards import read_columns
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 from tests.faults.test_crash_points import Killed, Writes
@@ -79,7 +80,7 @@ def test_compaction_makes_one_shard_of_many_and_changes_no_answer(tmp_path):
 def test_compaction_leaves_what_is_large_alive_or_young(tmp_path, monkeypatch):
     config, _ = nights(tmp_path)
     assert upkeep.collect(config, 1, 3600.0, compact=True).shards_before == 0
-    monkeypatch.setattr("pipeline.compaction.SMALL_ROWS", 100)
+    monkeypatch.setattr("pipeline.operations.compaction.SMALL_ROWS", 100)
     found = upkeep.collect(config, 1, -1.0, compact=True)
     records, _ = shards_of(config)
     assert (found.shards_before, found.shards_after, len(records)) == (3, 1, 2)
@@ -232,8 +233,8 @@ def test_purge_killed_at_any_write_or_delete_is_finished_by_the_same_command(tmp
 @pytest.mark.parametrize(
     ("step", "left"),
     [
-        ("pipeline.erasure._erase_vectors", r"embeddings/.*\.parquet"),
-        ("pipeline.erasure.upkeep.collect_held", r"artifacts/.*/documents\.arrow"),
+        ("pipeline.operations.erasure._erase_vectors", r"embeddings/.*\.parquet"),
+        ("pipeline.operations.erasure.upkeep.collect_held", r"artifacts/.*/documents\.arrow"),
     ],
 )
 def test_purge_that_leaves_something_says_so(tmp_path, monkeypatch, step, left):

@@ -7,11 +7,11 @@ import pytest
 
 from pipeline.config import StoreConfig
 from pipeline.config_what import CorpusConfig
-from pipeline.corpus import RejectedRow, SourceDocument, choose_files, normalise, read_documents
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats import count_rows
-from pipeline.listing import list_files
-from pipeline.slices import Slice
+from pipeline.ingest.corpus import RejectedRow, SourceDocument, choose_files, normalise, read_documents
+from pipeline.ingest.formats import count_rows
+from pipeline.ingest.listing import list_files
+from pipeline.ingest.slices import Slice
 from tests.conftest import write_jsonl
 
 ROWS = [{"id": 7, "text": "seven", "lang": "en"}, {"id": "x", "text": "line one\nline two", "lang": None}]

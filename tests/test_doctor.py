@@ -1,10 +1,10 @@
 import pytest
 
-from pipeline import doctor
-from pipeline.doctor import examine, examine_storage
 from pipeline.errors import StorageError, VerificationError
-from pipeline.log import Log, writing
-from pipeline.storage import Storage
+from pipeline.operations import doctor
+from pipeline.operations.doctor import examine, examine_storage
+from pipeline.root.log import Log, writing
+from pipeline.root.storage import Storage
 from tests.conftest import MINILM, make_config, sentences, write_jsonl
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import document_files
-from pipeline.document_files import SCHEMA, Documents, DocumentsWriter
+from pipeline.search import document_files
+from pipeline.search.document_files import SCHEMA, Documents, DocumentsWriter
 from tests.conftest import stored_documents
 
 

@@ -4,15 +4,15 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline import drift
-from pipeline.artifact import read_manifest
+from pipeline.ann import drift
+from pipeline.ann.index import Trained, train
+from pipeline.ann.index_plan import choose
+from pipeline.artifacts.artifact import read_manifest
+from pipeline.artifacts.publish import live_artifact
 from pipeline.config_what import IndexConfig
-from pipeline.index import Trained, train
-from pipeline.index_plan import choose
-from pipeline.manifest import Evaluation, Health, OperatingPoint
-from pipeline.publish import live_artifact
+from pipeline.root.manifest import Evaluation, Health, OperatingPoint
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults import alone as stand_in
 from tests.faults.alone import alone as alone  # a fixture

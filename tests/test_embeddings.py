@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.embeddings import (
+from pipeline.embed.embeddings import (
     even_size,
     is_among,
     plan_embedding,
@@ -13,9 +13,9 @@ from pipeline.embeddings import (
     whole_contexts,
 )
 from pipeline.errors import EncoderError
-from pipeline.manifest import DataFile, Record
-from pipeline.shards import KEY_DTYPE
-from pipeline.storage import Storage
+from pipeline.root.manifest import DataFile, Record
+from pipeline.root.shards import KEY_DTYPE
+from pipeline.root.storage import Storage
 
 
 def keys(numbers):

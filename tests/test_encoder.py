@@ -13,17 +13,17 @@ from sentence_transformers import SentenceTransformer
 from transformers import DataCollatorWithFlattening
 
 from jobs.demo_corpus import docstrings
-from pipeline import calibration
-from pipeline.batching import pack_batches, run_within
-from pipeline.calibration import BUDGETS, calibrate
 from pipeline.encoder import Encoder, load_query_encoder
+from pipeline.encoding import calibration
+from pipeline.encoding.batching import pack_batches, run_within
+from pipeline.encoding.calibration import BUDGETS, calibrate
+from pipeline.encoding.model import resolve_spec
+from pipeline.encoding.model_files import hash_files
+from pipeline.encoding.numerics import resolve_precision
+from pipeline.encoding.torch_engine import TorchEngine
+from pipeline.encoding.unit_vectors import mean_of_windows
 from pipeline.errors import EncoderError
-from pipeline.model import resolve_spec
-from pipeline.model_files import hash_files
-from pipeline.numerics import resolve_precision
-from pipeline.torch_engine import TorchEngine
-from pipeline.unit_vectors import mean_of_windows
-from pipeline.what_if import flops_per_token
+from pipeline.operations.what_if import flops_per_token
 from tests.conftest import MINILM
 
 ODD = [
@@ -190,7 +190,7 @@ def test_text_that_fits_nowhere_is_among_the_failed(minilm, monkeypatch, when):
 
     monkeypatch.setattr(TorchEngine, "_forward", forward)
     if when == "load":
-        monkeypatch.setattr("pipeline.torch_engine.SentenceTransformer", full)
+        monkeypatch.setattr("pipeline.encoding.torch_engine.SentenceTransformer", full)
     encoded = encoder.encode_tokens(tokens)
     assert list(encoded.failed) == [1]
     assert encoded.failed[1].startswith("E_OOM: ")
@@ -336,7 +336,7 @@ def test_traced_model_is_kept_and_needs_no_torch_again(minilm, cache):
     spec = replace(minilm[0], backend="openvino")
     before = Encoder(spec).encode_documents(["a text", "b " * 90])
     script = (
-        "import json, sys; from pipeline.encoder import Encoder; from pipeline.model import EncoderSpec\n"
+        "import json, sys; from pipeline.encoder import Encoder; from pipeline.encoding.model import EncoderSpec\n"
         "encoder = Encoder(EncoderSpec(**json.loads(sys.argv[1])))\n"
         "vectors = encoder.encode_documents(['a text', 'b ' * 90])\n"
         "assert encoder.matmul_rate() > 1e9 and encoder.flops_per_token\n"
@@ -382,7 +382,7 @@ def test_calibration_chooses_a_budget_and_changes_no_vector(minilm, backend, mon
 
 def test_a_slow_model_keeps_its_budget(minilm, monkeypatch):
     encoder = Encoder(minilm[0], batch_tokens=777)
-    monkeypatch.setattr("pipeline.calibration.SECONDS", 1e-6)
+    monkeypatch.setattr("pipeline.encoding.calibration.SECONDS", 1e-6)
     calibrate(encoder)
     assert encoder.batch_tokens == 777
 

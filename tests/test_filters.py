@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.filters import Metadata, parse_filter, write_metadata
+from pipeline.search.filters import Metadata, parse_filter, write_metadata
 
 COLUMNS = ("year", "lang", "done")
 VALUES = st.one_of(

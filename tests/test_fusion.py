@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.fusion import RRF_K, fuse
+from pipeline.search.fusion import RRF_K, fuse
 
 
 def ranking(*pairs):

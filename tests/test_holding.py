@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.artifacts.live import open_live
 from pipeline.errors import VerificationError
-from pipeline.live import open_live
-from pipeline.partition import Depth
+from pipeline.operations.upkeep import rollback
 from pipeline.run import reindex
+from pipeline.search.partition import Depth
 from pipeline.service import holding
 from pipeline.service.holding import KEPT, Holding
-from pipeline.upkeep import rollback
 from tests.conftest import eventually, make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 

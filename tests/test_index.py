@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from pipeline import index, index_parts
+from pipeline.ann import index, index_parts
+from pipeline.ann.index_plan import choose, code_bytes, index_bytes
 from pipeline.config_what import IndexConfig
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.index_plan import choose, code_bytes, index_bytes
 
 
 def unit_vectors(count, dim=64, seed=0):

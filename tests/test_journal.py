@@ -10,13 +10,13 @@ from rich.console import Console
 
 from jobs.options import _bars, print_result, progress
 from jobs.status import _runs
-from pipeline import journal, layout
 from pipeline.errors import DataError
 from pipeline.job import Event, Meter, plan_job, stage
-from pipeline.journal import RunState, last_runs
-from pipeline.log import Log, writing
-from pipeline.manifest import load, to_bytes
-from pipeline.storage import Storage
+from pipeline.root import journal, layout
+from pipeline.root.journal import RunState, last_runs
+from pipeline.root.log import Log, writing
+from pipeline.root.manifest import load, to_bytes
+from pipeline.root.storage import Storage
 from tests.conftest import make_config
 
 

@@ -6,7 +6,7 @@ import torch
 from sentence_transformers import MultiVectorEncoder
 
 from pipeline.errors import EncoderError
-from pipeline.reranker import FIRST_TEXTS, load_reranker, rerank
+from pipeline.search.reranker import FIRST_TEXTS, load_reranker, rerank
 from tests.conftest import save_first_layer
 from tests.test_reranker import QUERY, TEXTS, Clock
 

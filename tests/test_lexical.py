@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.job import plan_job
-from pipeline.lexical import K1, Analyzer, B, Lexical, write_lexical
+from pipeline.search.lexical import K1, Analyzer, B, Lexical, write_lexical
 from tests.conftest import make_config, sentences
 
 TEXTS = [
@@ -48,7 +48,7 @@ def test_many_postings_are_sorted_block_by_block(tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = opened(tmp_path / "whole", TEXTS)
-    monkeypatch.setattr("pipeline.lexical.BLOCK_ENTRIES", 11)
+    monkeypatch.setattr("pipeline.search.lexical.BLOCK_ENTRIES", 11)
     parts = opened(tmp_path / "parts", TEXTS)
     for mine, other in zip(parts.search(TEXTS, 50), whole.search(TEXTS, 50), strict=True):
         assert (mine == other).all()

@@ -3,11 +3,11 @@ import time
 
 import pytest
 
-from pipeline import layout
 from pipeline.errors import LockedError, VerificationError
-from pipeline.log import Log, LogEntry, writing
-from pipeline.manifest import FORMAT, to_bytes
-from pipeline.storage import Storage
+from pipeline.root import layout
+from pipeline.root.log import Log, LogEntry, writing
+from pipeline.root.manifest import FORMAT, to_bytes
+from pipeline.root.storage import Storage
 
 
 @pytest.fixture(params=["local", "s3"])

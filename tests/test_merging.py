@@ -1,7 +1,7 @@
 import pytest
 
+from pipeline.artifacts.merging import part_sizes
 from pipeline.errors import ConfigError
-from pipeline.merging import part_sizes
 from tests.conftest import make_config
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from pipeline import metrics
-from pipeline.exposition import Meters
 from pipeline.metrics import LAST_RUN, QUERY_BATCH, ROWS, SEARCH_REQUESTS, SERVICE, WORKERS, Metric
+from pipeline.operations.exposition import Meters
 from tests.conftest import make_config, sentences, write_jsonl
 
 DOCKER = Path(__file__).parent.parent / "docker"

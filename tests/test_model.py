@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
+from pipeline.encoding.model import find_model, resolve_spec
+from pipeline.encoding.numerics import resolve_backend, resolve_precision
+from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.model import find_model, resolve_spec
-from pipeline.numerics import resolve_backend, resolve_precision
-from pipeline.tokenizer import TextTokenizer
 from tests.conftest import MINILM
 
 TEXTS = [

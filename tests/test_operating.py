@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from pipeline import operating, recall
-from pipeline.collection import Collection
+from pipeline.ann import operating, recall
+from pipeline.ann.collection import Collection
+from pipeline.ann.vectors import INT8, Int8Vectors, write_int8
 from pipeline.errors import ConfigError
-from pipeline.manifest import OperatingPoint
-from pipeline.vectors import INT8, Int8Vectors, write_int8
+from pipeline.root.manifest import OperatingPoint
 from tests.test_index import unit_vectors
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from jobs.demo_corpus import docstrings
-from pipeline import layout
-from pipeline.artifact import MANIFEST
-from pipeline.live import open_live
-from pipeline.manifest import to_bytes
-from pipeline.report import HEAD, HTML
+from pipeline.artifacts.artifact import MANIFEST
+from pipeline.artifacts.live import open_live
+from pipeline.reports.report import HEAD, HTML
+from pipeline.root import layout
+from pipeline.root.manifest import to_bytes
 from pipeline.run import reindex
 from pipeline.service.engine import Engine
 from pipeline.service.page import FILE

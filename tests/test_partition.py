@@ -6,18 +6,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import collection, document_files, index
-from pipeline.artifact import describe
+from pipeline.ann import collection, index
+from pipeline.ann.index_plan import choose
+from pipeline.ann.vectors import VECTORS
+from pipeline.artifacts.artifact import describe
 from pipeline.config_what import IndexConfig
-from pipeline.document_files import SCHEMA, Documents, DocumentsWriter
 from pipeline.errors import ConfigError
-from pipeline.filters import METADATA, parse_filter, write_metadata
-from pipeline.index_plan import choose
-from pipeline.lexical import write_lexical
-from pipeline.manifest import IndexPart, Merged, OperatingPoint
-from pipeline.partition import Found, LocalPartition, best_of, ordinals_of, share_of
-from pipeline.searcher import Ask, Queries, Searcher
-from pipeline.vectors import VECTORS
+from pipeline.root.manifest import IndexPart, Merged, OperatingPoint
+from pipeline.search import document_files
+from pipeline.search.document_files import SCHEMA, Documents, DocumentsWriter
+from pipeline.search.filters import METADATA, parse_filter, write_metadata
+from pipeline.search.lexical import write_lexical
+from pipeline.search.partition import Found, LocalPartition, best_of, ordinals_of, share_of
+from pipeline.search.searcher import Ask, Queries, Searcher
 from tests.conftest import TOPICS
 from tests.test_index import unit_vectors
 

@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from pipeline.config_what import PassagesConfig
+from pipeline.encoding.tokenizer import TextTokenizer
+from pipeline.encoding.windows import context_tokens
 from pipeline.errors import ConfigError
-from pipeline.passages import CONTEXT_BYTES, KEY_BYTES, Splitter, passage_key
-from pipeline.tokenizer import TextTokenizer
-from pipeline.windows import context_tokens
+from pipeline.ingest.passages import CONTEXT_BYTES, Splitter, passage_key
+from pipeline.root.shards import KEY_BYTES
 
 WORDS = st.lists(
     st.sampled_from(["river", "unbelievable", "数学", "🙂", "x", "Grüße", "naïve,", "end.", "\n", "שלום"]), max_size=400

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.job import plan_job
-from pipeline.planning import make_plan
+from pipeline.operations.planning import make_plan
 from pipeline.run import reindex
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline import recall
-from pipeline.shards import KEY_DTYPE
+from pipeline.ann import recall
+from pipeline.root.shards import KEY_DTYPE
 
 
 @pytest.fixture(scope="module")

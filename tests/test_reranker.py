@@ -10,11 +10,11 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from pipeline.config_file import parse_config
-from pipeline.cross_encoder import CrossEncoding
+from pipeline.encoding.numerics import native_bf16
+from pipeline.encoding.tokenizer import PairTokenizer
 from pipeline.errors import ConfigError, EncoderError
-from pipeline.numerics import native_bf16
-from pipeline.reranker import BLOCK_TEXTS, FIRST_TEXTS, load_reranker, rerank
-from pipeline.tokenizer import PairTokenizer
+from pipeline.search.cross_encoder import CrossEncoding
+from pipeline.search.reranker import BLOCK_TEXTS, FIRST_TEXTS, load_reranker, rerank
 from tests.conftest import MINILM
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}

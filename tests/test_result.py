@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pipeline import upkeep
 from pipeline.errors import ConfigError, StorageError
-from pipeline.log import writing
-from pipeline.result import (
+from pipeline.operations import upkeep
+from pipeline.root.log import writing
+from pipeline.root.result import (
     History,
     RunResult,
     check_name,
@@ -18,8 +18,8 @@ from pipeline.result import (
     scheduled_name,
     write_result,
 )
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 

@@ -7,9 +7,9 @@ import pytest
 
 from jobs.schedule import LONGEST_SLEEP_S, Clock, Runner, follow
 from pipeline.errors import ConfigError
-from pipeline.result import RunResult, next_attempt, scheduled_name, write_result
-from pipeline.schedule import Schedule
-from pipeline.storage import Storage
+from pipeline.operations.schedule import Schedule
+from pipeline.root.result import RunResult, next_attempt, scheduled_name, write_result
+from pipeline.root.storage import Storage
 from tests.conftest import make_config
 
 BERLIN = ZoneInfo("Europe/Berlin")

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from pipeline.exposition import Meters
 from pipeline.metrics import SERVICE
+from pipeline.operations.exposition import Meters
 from pipeline.service.refusals import RefusedError
 from pipeline.service.searches import COMPANY, Searches
 from tests.conftest import eventually

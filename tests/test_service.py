@@ -21,20 +21,20 @@ import pytest
 import schemathesis
 import uvicorn
 
-from pipeline import layout
-from pipeline.artifact import MANIFEST, read_manifest
+from pipeline.artifacts.artifact import MANIFEST, read_manifest
+from pipeline.artifacts.live import open_live
+from pipeline.artifacts.publish import commit
 from pipeline.encoder import load_query_encoder
 from pipeline.errors import ConfigError
-from pipeline.live import open_live
-from pipeline.log import writing
-from pipeline.publish import commit
+from pipeline.operations.upkeep import rollback
+from pipeline.root import layout
+from pipeline.root.log import writing
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
 from pipeline.service.app import make_app
 from pipeline.service.engine import Engine
 from pipeline.service.gate import digest_of
 from pipeline.service.ray import PATIENCE
-from pipeline.storage import Storage
-from pipeline.upkeep import rollback
 from tests.conftest import MINILM, _free_ports, eventually, make_config, sentences, start_ray, write_jsonl
 from tests.test_reranker import save_model
 

@@ -3,8 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.listing import content_hash, list_files
-from pipeline.storage import Storage, uri_scheme
+from pipeline.ingest.listing import content_hash, list_files
+from pipeline.root.storage import Storage, uri_scheme
 
 NAMES = ["plain", "with space", "per%cent", "hash#tag", "question?", "ünïcode", "a+b=c&d", "quote'\""]
 
@@ -108,7 +108,7 @@ def test_other_schemes_are_refused(uri):
 
 
 def test_an_endpoint_where_nobody_answers_is_one_clear_error(s3, monkeypatch):
-    monkeypatch.setattr("pipeline.retries.ATTEMPTS", 2)  # of 16: two minutes
+    monkeypatch.setattr("pipeline.root.retries.ATTEMPTS", 2)  # of 16: two minutes
     store = s3.store_config.model_copy(
         update={"s3": s3.store_config.s3.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})}
     )

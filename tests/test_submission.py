@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.submission import CONFIG_NAME, digest, pack, portable, secret_environment
+from pipeline.operations.submission import CONFIG_NAME, digest, pack, portable, secret_environment
 from tests.conftest import make_config
 
 KEYS = {"s3": {"key": "AKIDEXAMPLE", "secret": "wJalrXUtnFEMI", "endpoint_url": "http://localhost:1"}}

@@ -1,7 +1,7 @@
 import numpy as np
 
-from pipeline.tokenized import NO_SPANS, TokenizedUnit
-from pipeline.unit_vectors import mean_of_windows
+from pipeline.embed.tokenized import NO_SPANS, TokenizedUnit
+from pipeline.encoding.unit_vectors import mean_of_windows
 
 ROWS = [np.arange(10 * row, 10 * row + 3 + row, dtype=np.int32) for row in range(6)]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.vectors import Int8Vectors, Readahead, gather, open_vectors, to_float32, write_int8
+from pipeline.ann.vectors import Int8Vectors, Readahead, gather, open_vectors, to_float32, write_int8
 from tests.test_index import unit_vectors
 
 
@@ -45,17 +45,17 @@ def test_rows_are_asked_for_until_they_are_in_memory(tmp_path, row_bytes, monkey
     file.write_bytes(bytes(range(256)) * (row_bytes * 1000 // 256 + 1))
     readahead = Readahead(file, row_bytes)
     rows = np.array([[0, 999, -1], [7, 500, -1]])
-    monkeypatch.setattr("pipeline.vectors.ASKING_RESIDENT_S", 60)  # whatever the machine: the answer was quick
+    monkeypatch.setattr("pipeline.ann.vectors.ASKING_RESIDENT_S", 60)  # whatever the machine: the answer was quick
     with readahead.reading(rows):
         pass
     assert not readahead.is_cold
     faults = iter([100, 100, 100, 106])
-    monkeypatch.setattr("pipeline.vectors._major_faults", lambda: next(faults))
+    monkeypatch.setattr("pipeline.ann.vectors._major_faults", lambda: next(faults))
     for cold in (False, True):
         with readahead.reading(rows):
             pass
         assert readahead.is_cold == cold
-    monkeypatch.setattr("pipeline.vectors.ASKING_RESIDENT_S", 0)  # slow: the disk was busy
+    monkeypatch.setattr("pipeline.ann.vectors.ASKING_RESIDENT_S", 0)  # slow: the disk was busy
     with readahead.reading(rows):
         pass
     assert readahead.is_cold

@@ -4,13 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import what_if as module
 from pipeline.errors import ConfigError
-from pipeline.forecast import Rate
 from pipeline.job import plan_job
-from pipeline.manifest import Record, to_bytes
-from pipeline.planning import make_plan
-from pipeline.what_if import CARDS, UTILISATION, estimate, flops_per_token, parse_cluster, tokenizer_rate, utilisation, what_if
+from pipeline.operations import what_if as module
+from pipeline.operations.forecast import Rate
+from pipeline.operations.planning import make_plan
+from pipeline.operations.what_if import (
+    CARDS,
+    UTILISATION,
+    estimate,
+    flops_per_token,
+    parse_cluster,
+    tokenizer_rate,
+    utilisation,
+    what_if,
+)
+from pipeline.root.manifest import Record, to_bytes
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.gpu.random_models import SHAPES
 

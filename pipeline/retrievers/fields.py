@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pipeline.searcher import Hit
+from pipeline.search.searcher import Hit
 
 
 def metadata_of(hit: Hit) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from pydantic import ConfigDict
 
 from pipeline.client import Artifact
 from pipeline.retrievers.fields import metadata_of
-from pipeline.searcher import Mode
+from pipeline.search.searcher import Mode
 
 
 class VecmillRetriever(BaseRetriever):
     """The documents nearest to a query, each by its best passage; what is None is as the artifact's config says.
 
-    ``artifact``: of ``pipeline.open_artifact`` or ``open_root``. ``filter``: see pipeline.filters.
+    ``artifact``: of ``pipeline.open_artifact`` or ``open_root``. ``filter``: see pipeline.search.filters.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

@@ -7,13 +7,13 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from pipeline.client import Artifact
 from pipeline.retrievers.fields import metadata_of
-from pipeline.searcher import Mode
+from pipeline.search.searcher import Mode
 
 
 class VecmillRetriever(BaseRetriever):  # type: ignore[misc] # its package has no types here
     """The documents nearest to a query, each by its best passage; what is None is as the artifact's config says.
 
-    ``artifact``: of ``pipeline.open_artifact`` or ``open_root``. ``filter``: see pipeline.filters.
+    ``artifact``: of ``pipeline.open_artifact`` or ``open_root``. ``filter``: see pipeline.search.filters.
     """
 
     def __init__(

@@ -9,12 +9,12 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline.batching import Vectors
+from pipeline.encoding.batching import Vectors
 from pipeline.errors import ConfigError
-from pipeline.exposition import Meters
 from pipeline.metrics import SEARCH_LATENCY
-from pipeline.reranking import Reranking
-from pipeline.searcher import Ask, FoundText, Hit, Queries, documents
+from pipeline.operations.exposition import Meters
+from pipeline.search.reranking import Reranking
+from pipeline.search.searcher import Ask, FoundText, Hit, Queries, documents
 from pipeline.service.following import Served
 from pipeline.service.refusals import RefusedError, wrong
 from pipeline.service.schemas import (

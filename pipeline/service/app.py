@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from pipeline import __version__
-from pipeline.exposition import CONTENT_TYPE
+from pipeline.operations.exposition import CONTENT_TYPE
 from pipeline.service import schemas
 from pipeline.service.engine import Engine
 from pipeline.service.gate import Gate

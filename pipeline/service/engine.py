@@ -11,16 +11,16 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from pipeline import __version__
+from pipeline.ann.operating import pick
+from pipeline.artifacts.live import Elsewhere, Opened, open_uri, open_uri_elsewhere, query_spec
 from pipeline.config import Config, SearchConfig, ServeConfig
-from pipeline.corpus import SURROGATES
 from pipeline.errors import ConfigError
-from pipeline.exposition import Meters
-from pipeline.live import Elsewhere, Opened, open_uri, open_uri_elsewhere, query_spec
+from pipeline.ingest.corpus import SURROGATES
 from pipeline.metrics import SERVICE
-from pipeline.operating import pick
-from pipeline.report import HTML
-from pipeline.reranking import NOT_NAMED, Reranking
-from pipeline.searcher import Ask, Queries
+from pipeline.operations.exposition import Meters
+from pipeline.reports.report import HTML
+from pipeline.search.reranking import NOT_NAMED, Reranking
+from pipeline.search.searcher import Ask, Queries
 from pipeline.service import answers
 from pipeline.service.answers import Asked, Search, Shape, unit
 from pipeline.service.following import Follower, fixed

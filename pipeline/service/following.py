@@ -11,14 +11,14 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from pipeline.artifacts.live import Elsewhere, Opened, open_commit, search_point
 from pipeline.config import Config, SearchConfig
 from pipeline.errors import ConfigError, VecmillError
-from pipeline.exposition import Meters
-from pipeline.live import Elsewhere, Opened, open_commit, search_point
-from pipeline.log import Log, LogEntry
-from pipeline.manifest import OperatingPoint
 from pipeline.metrics import DEGRADED, INDEX_AGE, INDEX_NTOTAL, RECALL, SWAPS
-from pipeline.storage import Storage
+from pipeline.operations.exposition import Meters
+from pipeline.root.log import Log, LogEntry
+from pipeline.root.manifest import OperatingPoint
+from pipeline.root.storage import Storage
 
 RETRY_S = 60.0
 """A commit that was refused is tried again after so long: its files may have been restored."""

@@ -12,8 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.config import ServeConfig
-from pipeline.exposition import Meters
 from pipeline.metrics import SEARCH_REQUESTS
+from pipeline.operations.exposition import Meters
 from pipeline.service.refusals import RefusedError
 
 OPEN = ("/", "/healthz", "/readyz")

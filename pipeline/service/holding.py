@@ -10,14 +10,14 @@ import time
 from collections import OrderedDict
 from typing import Any, Literal
 
-from pipeline import layout
+from pipeline.artifacts.live import OpenedShare, open_share
 from pipeline.config import Config, SearchConfig
 from pipeline.errors import ConfigError, VecmillError, VerificationError
-from pipeline.live import OpenedShare, open_share
-from pipeline.log import Log
-from pipeline.partition import LocalPartition
+from pipeline.root import layout
+from pipeline.root.log import Log
+from pipeline.root.storage import Storage
+from pipeline.search.partition import LocalPartition
 from pipeline.service.following import RETRY_S
-from pipeline.storage import Storage
 
 KEPT = 2
 

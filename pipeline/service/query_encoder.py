@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from pipeline.batching import Vectors
 from pipeline.encoder import Encoder, load_query_encoder
-from pipeline.exposition import Meters
+from pipeline.encoding.batching import Vectors
+from pipeline.encoding.model import EncoderSpec
 from pipeline.metrics import QUERY_BATCH, QUEUE_DEPTH
-from pipeline.model import EncoderSpec
+from pipeline.operations.exposition import Meters
 from pipeline.service.refusals import RefusedError
 
 BATCH_TEXTS = 64

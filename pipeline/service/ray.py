@@ -43,8 +43,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise ConfigError("serve: set $VECMILL_TOKEN, or say no_auth to answer anybody who reaches Serve's address")
     count = int(args.get("partitions") or 1)
     if count > 1:
-        from pipeline.live import manifest_of
-        from pipeline.partition import share_of
+        from pipeline.artifacts.live import manifest_of
+        from pipeline.search.partition import share_of
 
         share_of(manifest_of(config, artifact), 0, count)
     if config is not None:

@@ -18,15 +18,15 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.types import ASGIApp
 
+from pipeline.ann.recall import Matrix, Ordinals
 from pipeline.config import Config, ServeConfig
 from pipeline.errors import ConfigError, VecmillError
-from pipeline.exposition import Meters
-from pipeline.filters import AnyFilter
-from pipeline.manifest import ArtifactManifest, OperatingPoint
 from pipeline.metrics import SERVICE
-from pipeline.partition import Depth, Found, Row, ordinals_of, share_of
-from pipeline.recall import Matrix, Ordinals
-from pipeline.searcher import Searcher
+from pipeline.operations.exposition import Meters
+from pipeline.root.manifest import ArtifactManifest, OperatingPoint
+from pipeline.search.filters import AnyFilter
+from pipeline.search.partition import Depth, Found, Row, ordinals_of, share_of
+from pipeline.search.searcher import Searcher
 from pipeline.service.app import make_app
 from pipeline.service.engine import WAITING_SEARCHES, Engine
 from pipeline.service.holding import Holding, Question

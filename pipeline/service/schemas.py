@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.filters import Filter
-from pipeline.searcher import Mode
+from pipeline.search.filters import Filter
+from pipeline.search.searcher import Mode
 
 Include = Literal["text", "span", "metadata", "source"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.exposition import Meters
-from pipeline.index import set_threads
+from pipeline.ann.index import set_threads
 from pipeline.metrics import QUEUE_DEPTH
+from pipeline.operations.exposition import Meters
 from pipeline.service.refusals import RefusedError
 
 Item = TypeVar("Item")

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import ray
 
-from pipeline import retries
 from pipeline.config import ComputeConfig
 from pipeline.errors import ConfigError, ProcessError, VecmillError
+from pipeline.root import retries
 
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
 """Only token ids and work units pass through the object store."""

@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray.data
 
-from pipeline import retries
-from pipeline.anti_join import missing_passages, missing_rows
 from pipeline.config import ComputeConfig
-from pipeline.embeddings import (
+from pipeline.embed.anti_join import missing_passages, missing_rows
+from pipeline.embed.embeddings import (
     MAX_UNIT_PASSAGES,
     EmbedUnit,
     even_size,
     plan_embedding,
     put_embeddings,
 )
+from pipeline.embed.tokenized import TokenizedUnit, tokenize_unit
+from pipeline.encoding.model import EncoderSpec, find_model
+from pipeline.encoding.numerics import machine_name
+from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.errors import VecmillError
-from pipeline.forecast import Ahead, put_forecast
+from pipeline.ingest.snapshot import Part, ceiling, parts
 from pipeline.job import Event, Job, stage
-from pipeline.manifest import Record, SnapshotManifest
-from pipeline.model import EncoderSpec, find_model
-from pipeline.numerics import machine_name
-from pipeline.shards import KEY_DTYPE
-from pipeline.snapshot import Part, ceiling, parts
+from pipeline.operations.forecast import Ahead, put_forecast
+from pipeline.root import retries
+from pipeline.root.manifest import Record, SnapshotManifest
+from pipeline.root.shards import KEY_DTYPE
+from pipeline.root.storage import Storage
 from pipeline.stages import metering
 from pipeline.stages.cluster import TOKENIZER_CPUS, Cluster, own_error, run_one, tolerant_rows
 from pipeline.stages.pieces import DEATHS, Mortal, in_pieces
-from pipeline.storage import Storage
-from pipeline.tokenized import TokenizedUnit, tokenize_unit
-from pipeline.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from pipeline.encoder import Encoded, Encoder
@@ -233,8 +233,8 @@ class EncoderActor:
         self._idle_since = time.perf_counter()
 
     def _load(self, spec: EncoderSpec, threads: int, calibrate: bool) -> "Encoder":
-        from pipeline.calibration import calibrate as tune_batches
         from pipeline.encoder import Encoder
+        from pipeline.encoding.calibration import calibrate as tune_batches
 
         encoder = Encoder(spec, threads=threads)
         if calibrate:

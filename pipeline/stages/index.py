@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 
-from pipeline import index, indexing, layout, merging
-from pipeline.coverage import Coverage, covered_keys
-from pipeline.index_plan import choose, is_coded
+from pipeline.ann import index
+from pipeline.ann.index_plan import choose, is_coded
+from pipeline.artifacts import indexing, merging
+from pipeline.artifacts.key_merge import Sources
+from pipeline.embed.coverage import Coverage, covered_keys
+from pipeline.ingest.snapshot import parts
 from pipeline.job import Event, Job, Meter, stage
-from pipeline.key_merge import Sources
-from pipeline.manifest import Evaluation, Merged, MergeRecord, Record, TrainedManifest, list_records
-from pipeline.shards import Keys, is_among, read_keys
-from pipeline.snapshot import parts
+from pipeline.root import layout
+from pipeline.root.manifest import Evaluation, Merged, MergeRecord, Record, TrainedManifest, list_records
+from pipeline.root.shards import Keys, is_among, read_keys
 from pipeline.stages.cluster import Cluster, run_all, run_one
 
 

@@ -7,27 +7,28 @@ from typing import Any
 
 import ray.data
 
-from pipeline import errors, layout, retries
+from pipeline import errors
+from pipeline.artifacts.live import live_snapshot
 from pipeline.config import Config
-from pipeline.corpus import read_ids
-from pipeline.documents import deleted_keys, resolve
+from pipeline.encoding.model import EncoderSpec, find_model
+from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.errors import ProcessError, VecmillError, VerificationError
 from pipeline.fingerprint import fingerprint
-from pipeline.ingestion import Place, document_places, ingest_unit, split_documents
+from pipeline.ingest.corpus import read_ids
+from pipeline.ingest.documents import deleted_keys, resolve
+from pipeline.ingest.ingestion import Place, document_places, ingest_unit, split_documents
+from pipeline.ingest.passages import Splitter
+from pipeline.ingest.quarantine import put_quarantine
+from pipeline.ingest.snapshot import ceiling, check_quality, grown, put_snapshot, snapshot_name, unit_records
+from pipeline.ingest.units import CorpusFiles, IngestUnit, deletes_config, follow, identify_files, limited, plan_units, reading
 from pipeline.job import Event, Job, stage
-from pipeline.live import live_snapshot
-from pipeline.manifest import Record, SnapshotManifest, load
-from pipeline.model import EncoderSpec, find_model
-from pipeline.passages import Splitter
-from pipeline.quarantine import put_quarantine
-from pipeline.shards import read_columns
-from pipeline.snapshot import ceiling, check_quality, grown, put_snapshot, snapshot_name, unit_records
+from pipeline.root import layout, retries
+from pipeline.root.manifest import Record, SnapshotManifest, load
+from pipeline.root.shards import read_columns
+from pipeline.root.storage import Storage
 from pipeline.stages import metering
 from pipeline.stages.cluster import own_error, tolerant_rows
 from pipeline.stages.pieces import Mortal, in_pieces
-from pipeline.storage import Storage
-from pipeline.tokenizer import TextTokenizer
-from pipeline.units import CorpusFiles, IngestUnit, deletes_config, follow, identify_files, limited, plan_units, reading
 
 SHOWN_IGNORED = 3
 TASK_RETRIES = 1

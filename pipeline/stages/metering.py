@@ -9,7 +9,6 @@ import ray
 from ray.util import metrics as exported
 
 from pipeline.job import Event, Say
-from pipeline.manifest import ArtifactManifest, Record
 from pipeline.metrics import (
     ACTOR_RESTARTS,
     BATCH_TOKENS,
@@ -26,6 +25,7 @@ from pipeline.metrics import (
     TOKENS_ENCODED,
     Metric,
 )
+from pipeline.root.manifest import ArtifactManifest, Record
 
 
 def count(metric: Metric, amount: float = 1, **labels: str) -> None:

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.encoding.model_files import hash_files, locate
 from pipeline.errors import EncoderError
-from pipeline.model_files import hash_files, locate
-from pipeline.reranker import KEYS, load_reranker
-from pipeline.reranking import named
+from pipeline.search.reranker import KEYS, load_reranker
+from pipeline.search.reranking import named
 from pipeline.training.pairs import Pair
 
 

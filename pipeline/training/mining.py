@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.client import Artifact
-from pipeline.document_files import Documents
 from pipeline.errors import ConfigError
-from pipeline.searcher import Ask, FoundText, Queries
+from pipeline.search.document_files import Documents
+from pipeline.search.searcher import Ask, FoundText, Queries
 from pipeline.training.pairs import Pair
 
 QUERIES_AT_ONCE = 64

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Config
-from pipeline.corpus import SourceDocument, choose_files, normalise, read_documents
 from pipeline.errors import ConfigError
-from pipeline.listing import list_files
-from pipeline.shards import parquet_bytes
-from pipeline.slices import Columns, Slice
-from pipeline.storage import file_at
+from pipeline.ingest.corpus import SourceDocument, choose_files, normalise, read_documents
+from pipeline.ingest.listing import list_files
+from pipeline.ingest.slices import Columns, Slice
+from pipeline.root.shards import parquet_bytes
+from pipeline.root.storage import file_at
 
 Unlabelled = Literal["title", "sentence"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline.config import Config
+from pipeline.encoding.model import max_positions, resolve_spec
+from pipeline.encoding.model_files import ENCODER, check_weights, hash_files, kind_of, locate
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
-from pipeline.model import max_positions, resolve_spec
-from pipeline.model_files import ENCODER, check_weights, hash_files, kind_of, locate
-from pipeline.storage import Storage
+from pipeline.root.storage import Storage
 from pipeline.training.pairs import Pair
 
 Kind = Literal["encoder", "reranker", "late", "distilled"]

@@ -19,16 +19,16 @@ sys.path.insert(0, str(HOME))
 import numpy as np
 import pyarrow as pa
 
-from pipeline import anti_join, layout
+from pipeline.ann.index_plan import choose, is_coded
 from pipeline.config_what import IndexConfig
-from pipeline.embeddings import MAX_UNIT_PASSAGES
-from pipeline.forecast import PASSAGE_BYTES, Ahead, sizes
-from pipeline.index_plan import choose, is_coded
-from pipeline.manifest import DataFile, Record
-from pipeline.passages import KEY_BYTES
-from pipeline.shards import KEY_DTYPE, fixed_binary, parquet_bytes
-from pipeline.snapshot import Part
-from pipeline.storage import Storage
+from pipeline.embed import anti_join
+from pipeline.embed.embeddings import MAX_UNIT_PASSAGES
+from pipeline.ingest.snapshot import Part
+from pipeline.operations.forecast import PASSAGE_BYTES, Ahead, sizes
+from pipeline.root import layout
+from pipeline.root.manifest import DataFile, Record
+from pipeline.root.shards import KEY_BYTES, KEY_DTYPE, fixed_binary, parquet_bytes
+from pipeline.root.storage import Storage
 from tests.benchmarks.machine import machine
 from tests.benchmarks.simulated import TOKENS_PER_S
 from tests.conftest import make_config

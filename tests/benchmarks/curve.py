@@ -34,7 +34,7 @@ import numpy as np
 
 from pipeline.config import Config, StoreConfig
 from pipeline.fingerprint import fingerprint
-from pipeline.judgements import ir_metrics, read_qrels, read_queries
+from pipeline.search.judgements import ir_metrics, read_qrels, read_queries
 from pipeline.training.pairs import Pair, read_pairs
 from pipeline.training.recipe import Recipe, plan_training
 from tests.benchmarks.machine import machine
@@ -61,7 +61,7 @@ def pack(folder: Path, out: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     from pipeline.config_file import load_config
-    from pipeline.model import find_model
+    from pipeline.encoding.model import find_model
     from tests.conftest import MINILM, SHARED_DATA
 
     out.mkdir(parents=True)
@@ -76,7 +76,7 @@ def pack(folder: Path, out: Path) -> None:
 
 def _pack_set(folder: Path, out: Path, data: Path, settings: Config) -> None:
     from pipeline.client import open_root
-    from pipeline.searcher import documents
+    from pipeline.search.searcher import documents
 
     out.mkdir()
     for file in (data / "queries.jsonl.gz", *(data / "qrels").glob("*.tsv")):
@@ -144,7 +144,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _one(packed: Path, out: Path, task: Task) -> dict[str, Any]:
     """Train a task's model and judge it."""
-    from pipeline.reranker import load_reranker
+    from pipeline.search.reranker import load_reranker
     from pipeline.training.trainer import train
 
     pairs = _pairs(packed, task)
@@ -159,7 +159,7 @@ def _one(packed: Path, out: Path, task: Task) -> dict[str, Any]:
 
 
 def _judge(packed: Path, name: str, reranker: Any) -> dict[str, float]:
-    from pipeline.reranker import rerank
+    from pipeline.search.reranker import rerank
 
     texts = _read(packed / _set(name) / "texts.json.gz")
     queries = read_queries(str(packed / _set(name) / "queries.jsonl.gz"), StoreConfig())

@@ -34,12 +34,12 @@ import torch
 
 from jobs.demo import QUERIES
 from jobs.demo_corpus import docstrings
-from pipeline.batching import pad
 from pipeline.encoder import Encoder, load_query_encoder
-from pipeline.encoder_bench import interleave, query_latency
-from pipeline.model import find_model, resolve_spec
-from pipeline.numerics import resolve_backend, resolve_here
-from pipeline.torch_engine import TorchEngine, load_plain, matmul_rate
+from pipeline.encoding.batching import pad
+from pipeline.encoding.encoder_bench import interleave, query_latency
+from pipeline.encoding.model import find_model, resolve_spec
+from pipeline.encoding.numerics import resolve_backend, resolve_here
+from pipeline.encoding.torch_engine import TorchEngine, load_plain, matmul_rate
 from tests.benchmarks.machine import machine
 from tests.conftest import MINILM, SHARED_DATA, write_jsonl
 
@@ -342,7 +342,7 @@ def stage() -> dict[str, Any]:
 
 def run_embed(home: Path, some: list[str], **environment: str) -> dict[str, Any]:
     """``vecmill embed`` of texts in a new folder: its records in the order they were written, and when."""
-    from pipeline.manifest import Record
+    from pipeline.root.manifest import Record
 
     home.mkdir()
     write_jsonl(home / "corpus.jsonl", ({"id": str(n), "text": text} for n, text in enumerate(some)))

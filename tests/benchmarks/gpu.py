@@ -23,11 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
-from pipeline.calibration import calibrate
 from pipeline.encoder import Encoder
-from pipeline.encoder_bench import interleave, measure, synthetic_texts
-from pipeline.model import EncoderSpec, find_model, resolve_spec
-from pipeline.tokenizer import TextTokenizer
+from pipeline.encoding.calibration import calibrate
+from pipeline.encoding.encoder_bench import interleave, measure, synthetic_texts
+from pipeline.encoding.model import EncoderSpec, find_model, resolve_spec
+from pipeline.encoding.tokenizer import TextTokenizer
 from tests.benchmarks.machine import machine
 from tests.gpu.random_models import write_model
 

@@ -24,11 +24,11 @@ sys.path.insert(0, str(HOME))
 import faiss
 import numpy as np
 
-from pipeline import clustering, index, index_parts, operating
-from pipeline.collection import Collection
+from pipeline.ann import clustering, index, index_parts, operating
+from pipeline.ann.collection import Collection
+from pipeline.ann.index_plan import IndexPlan, choose
+from pipeline.ann.recall import exact_search
 from pipeline.config_what import IndexConfig
-from pipeline.index_plan import IndexPlan, choose
-from pipeline.recall import exact_search
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine
 from tests.conftest import MINILM
@@ -80,8 +80,8 @@ class Corpus:
 
 def vectors_of(name: str) -> Any:
     from pipeline.encoder import Encoder
-    from pipeline.model import find_model, resolve_spec
-    from pipeline.numerics import resolve_backend, resolve_here
+    from pipeline.encoding.model import find_model, resolve_spec
+    from pipeline.encoding.numerics import resolve_backend, resolve_here
 
     folder = Path(sys.argv[1])
     file = folder / f"{name}.npy"

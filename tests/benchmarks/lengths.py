@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
-from pipeline.comparison import compare
 from pipeline.config_file import load_config
+from pipeline.reports.comparison import compare
 from pipeline.run import reindex
 from tests.benchmarks.machine import machine
 from tests.benchmarks.training import told

@@ -22,16 +22,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
-from pipeline import index, layout
+from pipeline.ann import index
+from pipeline.artifacts.key_merge import LIBRARY_BYTES, Sources
+from pipeline.artifacts.merging import merge
+from pipeline.artifacts.publish import require_live
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.coverage import cover
+from pipeline.embed.coverage import cover
+from pipeline.ingest.snapshot import parts, snapshot_of
 from pipeline.job import plan_job
-from pipeline.key_merge import LIBRARY_BYTES, Sources
-from pipeline.manifest import list_records
-from pipeline.merging import merge
-from pipeline.publish import require_live
-from pipeline.snapshot import parts, snapshot_of
+from pipeline.root import layout
+from pipeline.root.manifest import list_records
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine
 

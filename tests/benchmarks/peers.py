@@ -31,13 +31,13 @@ sys.path.insert(0, str(HOME))
 import faiss
 import numpy as np
 
-from pipeline import index
-from pipeline.collection import Collection
+from pipeline.ann import index
+from pipeline.ann.collection import Collection
+from pipeline.ann.index_parts import Parts
+from pipeline.ann.index_plan import choose
+from pipeline.ann.recall import drop_self, recall, score
+from pipeline.ann.vectors import Readahead, open_vectors
 from pipeline.config_what import IndexConfig
-from pipeline.index_parts import Parts
-from pipeline.index_plan import choose
-from pipeline.recall import drop_self, recall, score
-from pipeline.vectors import Readahead, open_vectors
 from tests.benchmarks.machine import machine
 
 K, TARGET, COLD_QUERIES, TIMED = 10, 0.95, 50, 300

@@ -18,11 +18,11 @@ HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
 from jobs.demo_corpus import docstrings
+from pipeline.artifacts.publish import require_live
 from pipeline.config_file import parse_config
+from pipeline.ingest.snapshot import snapshot_of
 from pipeline.job import plan_job
-from pipeline.manifest import MergeRecord
-from pipeline.publish import require_live
-from pipeline.snapshot import snapshot_of
+from pipeline.root.manifest import MergeRecord
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine
 

@@ -22,9 +22,9 @@ sys.path.insert(0, str(HOME))
 
 
 from pipeline.client import Artifact, open_root
-from pipeline.judgements import ir_metrics, read_qrels, read_queries
 from pipeline.run import reindex
-from pipeline.searcher import documents
+from pipeline.search.judgements import ir_metrics, read_qrels, read_queries
+from pipeline.search.searcher import documents
 from tests.benchmarks.machine import machine
 from tests.conftest import SHARED_DATA, make_config
 

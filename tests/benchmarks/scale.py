@@ -29,8 +29,8 @@ sys.path.insert(0, str(HOME))
 
 from pipeline.config_file import load_config
 from pipeline.job import plan_job
-from pipeline.journal import last_runs
-from pipeline.storage import Storage
+from pipeline.root.journal import last_runs
+from pipeline.root.storage import Storage
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import cpu_seconds, spilled_bytes, watched

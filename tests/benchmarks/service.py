@@ -28,12 +28,12 @@ sys.path.insert(0, str(HOME))
 import aiohttp
 import numpy as np
 
-from pipeline.artifact import read_manifest
+from pipeline.artifacts.artifact import read_manifest
+from pipeline.artifacts.publish import commit
 from pipeline.client import open_root
 from pipeline.config_file import load_config
-from pipeline.log import writing
-from pipeline.publish import commit
-from pipeline.storage import Storage
+from pipeline.root.log import writing
+from pipeline.root.storage import Storage
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine
 

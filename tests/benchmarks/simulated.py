@@ -28,15 +28,15 @@ import ray
 import ray.data
 
 from jobs.demo_corpus import docstrings
-from pipeline.embeddings import EmbedUnit
+from pipeline.embed.embeddings import EmbedUnit
+from pipeline.embed.tokenized import NO_SPANS, TokenizedUnit
 from pipeline.encoder import Encoded
+from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.fingerprint import sha256
 from pipeline.job import plan_job
-from pipeline.shards import KEY_DTYPE
+from pipeline.root.shards import KEY_DTYPE
 from pipeline.stages import embed
 from pipeline.stages.cluster import Cluster
-from pipeline.tokenized import NO_SPANS, TokenizedUnit
-from pipeline.tokenizer import TextTokenizer
 from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import cpu_seconds, spilled_bytes
 from tests.conftest import make_config

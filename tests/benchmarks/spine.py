@@ -22,13 +22,13 @@ sys.path.insert(0, str(HOME))
 import faiss
 import numpy as np
 
-from pipeline import index, index_parts, operating
-from pipeline.collection import Collection
+from pipeline.ann import index, index_parts, operating
+from pipeline.ann.collection import Collection
+from pipeline.ann.index_plan import choose
+from pipeline.artifacts.live import open_live
 from pipeline.config_what import IndexConfig
-from pipeline.evaluation import labelled
-from pipeline.index_plan import choose
-from pipeline.live import open_live
 from pipeline.run import reindex
+from pipeline.search.evaluation import labelled
 from tests.benchmarks.machine import machine
 from tests.conftest import SHARED_DATA, make_config
 

@@ -22,8 +22,8 @@ HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
 
-from pipeline.comparison import compare
 from pipeline.config_file import load_config
+from pipeline.reports.comparison import compare
 from pipeline.training.pairs import read_pairs
 from pipeline.training.recipe import Kind, Recipe, plan_training
 from tests.benchmarks.machine import machine

@@ -26,11 +26,11 @@ sys.path.insert(0, str(HOME))
 import faiss
 import numpy as np
 
+from pipeline.ann.recall import exact_search
+from pipeline.ann.vectors import to_float32
 from pipeline.client import open_root
 from pipeline.config_file import load_config
-from pipeline.model import find_model
-from pipeline.recall import exact_search
-from pipeline.vectors import to_float32
+from pipeline.encoding.model import find_model
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import watched

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import layout
-from pipeline.log import LogEntry
-from pipeline.manifest import to_bytes
-from pipeline.storage import Storage
+from pipeline.root import layout
+from pipeline.root.log import LogEntry
+from pipeline.root.manifest import to_bytes
+from pipeline.root.storage import Storage
 from tests.conftest import sentences, write_jsonl
 
 VECMILL = Path(sys.executable).parent / "vecmill"

@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.live import open_live
-from pipeline.manifest import Record
+from pipeline.artifacts.live import open_live
+from pipeline.root.manifest import Record
 from tests.conftest import make_config, sentences, write_jsonl
 
 AGENT_ATTEMPTS = 10

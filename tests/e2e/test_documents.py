@@ -8,17 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import layout, upkeep
-from pipeline.artifact import verify
-from pipeline.audit import audit
+from pipeline.artifacts.artifact import verify
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.export import export
+from pipeline.artifacts.live import open_live
 from pipeline.errors import ConfigError, DataError, LockedError
-from pipeline.export import export
-from pipeline.live import open_live
-from pipeline.log import Log, unlock, writing
-from pipeline.manifest import SnapshotManifest, load
+from pipeline.ingest.snapshot import rejected_rows
+from pipeline.operations import upkeep
+from pipeline.root import layout
+from pipeline.root.log import Log, unlock, writing
+from pipeline.root.manifest import SnapshotManifest, load
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.snapshot import rejected_rows
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from pipeline.audit import audit
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.live import open_live
 from pipeline.config_what import PassagesConfig
-from pipeline.erasure import purge
+from pipeline.encoding.tokenizer import TextTokenizer
+from pipeline.encoding.windows import context_tokens
 from pipeline.errors import ConfigError
+from pipeline.ingest.passages import CONTEXT_BYTES, Splitter, late_keys, passage_key
 from pipeline.job import plan_job
-from pipeline.live import open_live
-from pipeline.passages import CONTEXT_BYTES, Splitter, late_keys, passage_key
+from pipeline.operations.erasure import purge
 from pipeline.run import reindex
-from pipeline.tokenizer import TextTokenizer
-from pipeline.windows import context_tokens
 from tests.conftest import make_config, save_first_layer, sentences, write_jsonl
 from tests.e2e.test_cli import vecmill
 

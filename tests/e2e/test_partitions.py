@@ -17,13 +17,13 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from pipeline.errors import ConfigError
+from pipeline.operations.upkeep import rollback
 from pipeline.run import reindex
 from pipeline.service.engine import Engine
 from pipeline.service.ray import PATIENCE, build
 from pipeline.service.refusals import RefusedError
 from pipeline.service.router import ATTEMPTS, RemotePartition
 from pipeline.service.schemas import SearchRequest
-from pipeline.upkeep import rollback
 from tests import conftest
 from tests.conftest import _free_ports, make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture

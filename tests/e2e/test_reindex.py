@@ -11,16 +11,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jobs.demo_corpus import docstrings
-from pipeline import artifact, layout
+from pipeline.artifacts import artifact
+from pipeline.artifacts.live import open_live, open_uri
 from pipeline.encoder import load_query_encoder
+from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.errors import ConfigError, DataError, VerificationError
-from pipeline.live import open_live, open_uri
-from pipeline.log import Log
-from pipeline.manifest import Record, to_bytes
+from pipeline.ingest.snapshot import parts
+from pipeline.root import layout
+from pipeline.root.log import Log
+from pipeline.root.manifest import Record, to_bytes
+from pipeline.root.storage import Storage
 from pipeline.run import embed_only, ingest_only, reindex
-from pipeline.snapshot import parts
-from pipeline.storage import Storage
-from pipeline.tokenizer import TextTokenizer
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -7,20 +7,21 @@ from itertools import islice
 import pytest
 
 from jobs.demo_corpus import docstrings
-from pipeline import layout, upkeep
-from pipeline.account import Account
-from pipeline.drift import MAX_IMBALANCE
-from pipeline.forecast import PLAN, Forecast
+from pipeline.ann.drift import MAX_IMBALANCE
+from pipeline.artifacts.publish import live_artifact
+from pipeline.encoding.numerics import cpu_threads, machine_name
+from pipeline.ingest.snapshot import snapshot_of
 from pipeline.job import plan_job
-from pipeline.journal import last_runs
-from pipeline.manifest import load
-from pipeline.numerics import cpu_threads, machine_name
-from pipeline.planning import make_plan
-from pipeline.publish import live_artifact
-from pipeline.report import HTML, JSON, render, stored_account
+from pipeline.operations import upkeep
+from pipeline.operations.forecast import PLAN, Forecast
+from pipeline.operations.planning import make_plan
+from pipeline.reports.account import Account
+from pipeline.reports.report import HTML, JSON, render, stored_account
+from pipeline.root import layout
+from pipeline.root.journal import last_runs
+from pipeline.root.manifest import load
+from pipeline.root.storage import Storage
 from pipeline.run import reindex, tune
-from pipeline.snapshot import snapshot_of
-from pipeline.storage import Storage
 from tests.conftest import make_config, write_jsonl
 from tests.e2e.browser import CHROMIUM, look_at
 

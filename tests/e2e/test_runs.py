@@ -12,13 +12,13 @@ import typer
 
 from jobs.reindex import reindex
 from jobs.schedule import Clock, Runner, follow
-from pipeline import layout
 from pipeline.config_file import load_config
-from pipeline.log import LogEntry, writing
-from pipeline.manifest import to_bytes
-from pipeline.result import read_result
-from pipeline.schedule import Schedule
-from pipeline.storage import Storage
+from pipeline.operations.schedule import Schedule
+from pipeline.root import layout
+from pipeline.root.log import LogEntry, writing
+from pipeline.root.manifest import to_bytes
+from pipeline.root.result import read_result
+from pipeline.root.storage import Storage
 from tests.conftest import sentences, write_jsonl
 
 pytestmark = pytest.mark.timeout(300)

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import artifact, layout
+from pipeline.artifacts import artifact
+from pipeline.artifacts.live import open_live
 from pipeline.errors import VerificationError
-from pipeline.live import open_live
+from pipeline.root import layout
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences
 from tests.e2e.test_cli import VECMILL, vecmill
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from pipeline import layout
-from pipeline.live import open_live
-from pipeline.log import LogEntry
-from pipeline.manifest import to_bytes
-from pipeline.storage import Storage
+from pipeline.artifacts.live import open_live
+from pipeline.root import layout
+from pipeline.root.log import LogEntry
+from pipeline.root.manifest import to_bytes
+from pipeline.root.storage import Storage
 from tests.conftest import _free_ports, make_config, sentences, write_jsonl
 
 pytestmark = pytest.mark.timeout(300)

@@ -10,14 +10,14 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import layout
-from pipeline.artifact import verify
-from pipeline.audit import audit
+from pipeline.artifacts.artifact import verify
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.live import open_live
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.live import open_live
-from pipeline.log import Log
+from pipeline.root import layout
+from pipeline.root.log import Log
+from pipeline.root.storage import Storage
 from pipeline.run import reindex, tune
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.e2e.test_reindex import commits, files_below, search
 

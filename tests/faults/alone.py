@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pipeline import report, run
-from pipeline.embeddings import put_embeddings
-from pipeline.manifest import Record
+from pipeline import run
+from pipeline.embed.embeddings import put_embeddings
+from pipeline.embed.tokenized import tokenize_unit
+from pipeline.encoding.unit_vectors import mean_of_windows
+from pipeline.reports import report
+from pipeline.root.manifest import Record
 from pipeline.stages import embed, index, ingest
 from pipeline.stages.cluster import Cluster
-from pipeline.tokenized import tokenize_unit
-from pipeline.unit_vectors import mean_of_windows
 
 
 @pytest.fixture

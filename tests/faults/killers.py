@@ -4,8 +4,8 @@ import os
 import signal
 from pathlib import Path
 
-from pipeline import ingestion
-from pipeline.passages import Splitter
+from pipeline.ingest import ingestion
+from pipeline.ingest.passages import Splitter
 from pipeline.stages import ingest
 from pipeline.stages.embed import EncoderActor
 

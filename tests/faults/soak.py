@@ -25,15 +25,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
-from pipeline import upkeep
-from pipeline.audit import audit
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.live import open_live
+from pipeline.artifacts.publish import live_artifact
 from pipeline.client import Artifact
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.live import open_live
-from pipeline.publish import live_artifact
+from pipeline.operations import upkeep
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
 from tests.conftest import TOPICS, S3Server, make_config, save_first_layer, seaweed, write_jsonl
 from tests.faults.proxy import FaultProxy, faults_before
 from tests.faults.sessions import alive_of, end_session

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import layout, upkeep
-from pipeline.artifact import verify
-from pipeline.audit import audit
+from pipeline.artifacts.artifact import verify
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.publish import live_artifact
 from pipeline.errors import StorageError
-from pipeline.log import Log
-from pipeline.publish import live_artifact
+from pipeline.operations import upkeep
+from pipeline.root import layout
+from pipeline.root.log import Log
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 

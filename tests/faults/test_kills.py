@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import layout
-from pipeline.audit import audit
-from pipeline.coverage import cover
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.live import open_live
+from pipeline.artifacts.publish import live_artifact
+from pipeline.embed.coverage import cover
 from pipeline.errors import BadFileError, ProcessError
+from pipeline.ingest.snapshot import rejected_rows, snapshot_of
 from pipeline.job import plan_job
-from pipeline.live import open_live
-from pipeline.publish import live_artifact
+from pipeline.root import layout
+from pipeline.root.shards import open_parquet
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.shards import open_parquet
-from pipeline.snapshot import rejected_rows, snapshot_of
 from pipeline.stages import embed, ingest
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.e2e.test_reindex import search
 from tests.faults.killers import POISON, POISONED_FILE, DeadlyReader, KillsAtPoison, KillsOnce, ingest_row

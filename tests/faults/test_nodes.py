@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.audit import audit
+from pipeline.artifacts.audit import audit
 from pipeline.run import reindex
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.e2e.test_reindex import search

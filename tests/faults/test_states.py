@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from pipeline import layout, upkeep
-from pipeline.artifact import verify
+from pipeline.artifacts.artifact import verify
+from pipeline.artifacts.publish import commit, live_artifact
 from pipeline.errors import ConfigError, LockedError, StorageError
-from pipeline.log import Log, writing
-from pipeline.partition import LocalPartition
-from pipeline.publish import commit, live_artifact
+from pipeline.operations import upkeep
+from pipeline.root import layout
+from pipeline.root.log import Log, writing
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
+from pipeline.search.partition import LocalPartition
 from tests.conftest import make_config, sentences, stored_documents, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 from tests.faults.test_crash_points import WAYS, Killed, Writes, check_log

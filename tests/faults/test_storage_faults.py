@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import layout, retries
-from pipeline.artifact import verify
-from pipeline.audit import audit
+from pipeline.artifacts.artifact import verify
+from pipeline.artifacts.audit import audit
+from pipeline.artifacts.publish import live_artifact
 from pipeline.config import StoreConfig
 from pipeline.errors import StorageError
-from pipeline.log import Log
-from pipeline.publish import live_artifact
+from pipeline.root import layout, retries
+from pipeline.root.log import Log
+from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from pipeline.storage import Storage
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 from tests.faults.proxy import KINDS, faults_before

@@ -6,11 +6,11 @@ import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder
 
 from pipeline.encoder import Encoder
-from pipeline.encoder_bench import synthetic_texts
-from pipeline.model import resolve_spec
-from pipeline.reranker import load_reranker
-from pipeline.tokenizer import TextTokenizer
-from pipeline.torch_engine import DTYPES, load_plain
+from pipeline.encoding.encoder_bench import synthetic_texts
+from pipeline.encoding.model import resolve_spec
+from pipeline.encoding.tokenizer import TextTokenizer
+from pipeline.encoding.torch_engine import DTYPES, load_plain
+from pipeline.search.reranker import load_reranker
 from tests.gpu.random_models import write_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

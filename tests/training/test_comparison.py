@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.comparison import Comparison, compare, randomization_test
+from pipeline.artifacts.live import open_live
 from pipeline.errors import ConfigError
-from pipeline.evaluation import labelled
-from pipeline.live import open_live
-from pipeline.report import render_comparison
+from pipeline.reports.comparison import Comparison, compare, randomization_test
+from pipeline.reports.report import render_comparison
 from pipeline.run import reindex
+from pipeline.search.evaluation import labelled
 from tests.conftest import TOPICS, make_config, sentences, start_ray, write_jsonl
 
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.compression import KINDS, Compression, compress
-from pipeline.evaluation import labelled
-from pipeline.live import open_live
-from pipeline.report import render_compression
+from pipeline.artifacts.live import open_live
+from pipeline.reports.compression import KINDS, Compression, compress
+from pipeline.reports.report import render_compression
 from pipeline.run import reindex
+from pipeline.search.evaluation import labelled
 from tests.conftest import TOPICS, make_config, sentences, start_ray, write_jsonl
 from tests.e2e.test_cli import vecmill
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pipeline.artifacts.live import open_live
 from pipeline.client import Artifact
 from pipeline.encoder import Encoder, load_query_encoder
+from pipeline.encoding.model import resolve_spec
 from pipeline.errors import ConfigError
-from pipeline.live import open_live
-from pipeline.model import resolve_spec
-from pipeline.reranker import load_reranker
 from pipeline.run import reindex
+from pipeline.search.reranker import load_reranker
 from pipeline.training.distillation import taught
 from pipeline.training.mining import Mining, judged_pairs, mine
 from pipeline.training.pairs import Pair, read_pairs, write_pairs

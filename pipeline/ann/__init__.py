@@ -1,0 +1,1 @@
+"""Approximate nearest neighbours: indexes trained, filled, merged, searched and measured. The FAISS room."""

@@ -1,0 +1,1 @@
+"""Embeddings become a servable folder: merged, measured, verified, published, opened."""

@@ -1,0 +1,1 @@
+"""A snapshot becomes embeddings: what the store lacks, units of it, shards."""

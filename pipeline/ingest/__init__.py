@@ -1,0 +1,1 @@
+"""Files become a snapshot: listing, formats, the contract of rows, passages, units."""

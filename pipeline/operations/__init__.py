@@ -1,0 +1,1 @@
+"""What a root needs besides runs: plans, upkeep, erasure, schedules, clusters, metrics."""

@@ -1,0 +1,1 @@
+"""What a run and an artifact tell people: accounts, comparisons, compression, pages."""

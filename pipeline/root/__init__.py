@@ -1,0 +1,1 @@
+"""What is under a root, and how it comes there: storage, layout, records, the log."""
