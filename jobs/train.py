@@ -145,7 +145,10 @@ def train_reranker(
     ] = False,
     epochs: EpochsOption = 2.0,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Pairs per step; default: 4, late interaction 32")] = None,
-    learning_rate: RateOption = 5e-5,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", min=1e-8, max=1.0, help="At its highest; default: 1e-4, late interaction 5e-5"),
+    ] = None,
     negatives: Annotated[
         int | None, typer.Option("--negatives", min=0, help="Used of each pair, at most; default: 4, late interaction 1")
     ] = None,
@@ -161,6 +164,7 @@ def train_reranker(
     settings = load_config(config, tuple(overrides or ()))
     batch = batch or (32 if late else 4)
     negatives = (1 if late else 4) if negatives is None else negatives
+    learning_rate = learning_rate or (5e-5 if late else 1e-4)
     recipe = Recipe(epochs, batch, learning_rate, negatives=negatives, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
     training = plan_training("late" if late else "reranker", settings, read_pairs(pairs, settings), recipe, out, model)
     _tell(_run(training, settings, workers), as_json)

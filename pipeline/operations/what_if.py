@@ -1,6 +1,7 @@
 """What encoding would take on a cluster that is not here: an estimate from published figures, always a range.
 
-No GPU was measured for it. Refuses what it has no figure for. Training and merge are left out: one machine does them.
+An H200 was measured afterwards and lies inside its ranges (tests/benchmarks/gpu.json). Refuses what it has no figure for.
+Training and merge are left out: one machine does them.
 """
 
 import json
