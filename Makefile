@@ -48,10 +48,12 @@ down:  ## stop them and delete their volumes
 	docker compose --file docker/compose.yaml down --volumes
 
 MINUTES ?= 120
+TICKS ?= 200
 
-soak: $(INSTALLED)  ## longer fault tests, and MINUTES of change, reindex, crash and search on an S3 server
+soak: $(INSTALLED)  ## longer fault tests, MINUTES of change, reindex, crash and search on an S3 server, TICKS of a scheduler
 	VECMILL_PUBLISHES=10000 VECMILL_EXAMPLES=300 $(BIN)/python -m pytest tests/faults/test_states.py
 	$(BIN)/python tests/faults/soak.py $(MINUTES)
+	$(BIN)/python tests/faults/leaks.py $(TICKS)
 
 audit-packages: $(INSTALLED)  ## known vulnerabilities in the pinned versions; asks the package index
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
