@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo test image image-test up down soak audit-packages lint format bench bench-encoder bench-index \
-	bench-nights bench-training bench-service bench-scale bench-wholes config-reference clean
+	bench-nights bench-training bench-service bench-scale bench-gpu bench-wholes config-reference clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,7 +103,13 @@ bench-scale: $(INSTALLED)  ## measure growth to a million passages, and the pipe
 	mkdir -p $(FOLDER)
 	$(BIN)/python tests/benchmarks/scale.py $(FOLDER) $(STATIC) minilm 10000 minilm 30000
 	$(BIN)/python tests/benchmarks/simulated.py
+	$(BIN)/python tests/benchmarks/nodes.py
 	$(BIN)/python tests/benchmarks/capacity.py
+
+bench-gpu: $(INSTALLED)  ## measure the encoder and a cross-encoder's training on a GPU; after bench-training, minutes there
+	test -d $(FOLDER)/pack || $(BIN)/python tests/benchmarks/curve.py pack $(FOLDER)/training $(FOLDER)/pack
+	$(BIN)/python tests/benchmarks/gpu.py $(FOLDER)/gpu $(FOLDER)/pack
+	$(BIN)/python tests/benchmarks/curve.py run $(FOLDER)/pack $(FOLDER)/gpu
 
 bench-wholes: $(INSTALLED)  ## measure whole pipelines side by side: scripts, Ray Data, Daft, autofaiss; an hour
 	mkdir -p $(FOLDER)

@@ -9,8 +9,8 @@ from rich.table import Table
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
 from pipeline.config_file import load_config
 from pipeline.encoding.numerics import on_gpu
-from pipeline.job import plan_job
 from pipeline.operations.planning import sample_texts
+from pipeline.root.job import plan_job
 
 app = typer.Typer(help="Time a part of the pipeline on this machine.", no_args_is_help=True)
 

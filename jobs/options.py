@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.errors import ConfigError, StorageError, VecmillError
-from pipeline.job import Event, Say
+from pipeline.root.job import Event, Say
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Config file, YAML")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: a.b=value; repeatable")]

@@ -11,9 +11,9 @@ from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, com
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoding.numerics import on_gpu
-from pipeline.job import Job, plan_job
 from pipeline.operations.planning import Plan, make_plan, measure_rate
 from pipeline.operations.what_if import WhatIf, parse_cluster, what_if
+from pipeline.root.job import Job, plan_job
 
 SHOWN_IGNORED = 3
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))

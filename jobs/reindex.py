@@ -25,7 +25,6 @@ from jobs.options import (
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import VecmillError
-from pipeline.job import Event, Meter, Say, new_run_id
 from pipeline.metrics import (
     INDEX_NTOTAL,
     RECALL,
@@ -37,6 +36,7 @@ from pipeline.metrics import (
     RUN_TIME,
     Metric,
 )
+from pipeline.root.job import Event, Meter, Say, new_run_id
 from pipeline.root.manifest import ArtifactManifest
 from pipeline.root.result import RunResult, check_name, one_line, write_result
 from pipeline.root.storage import Storage

@@ -11,7 +11,7 @@ from pipeline.artifacts.live import known_files
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.ingest.units import count_done, identify_files, plan_units
-from pipeline.job import plan_job
+from pipeline.root.job import plan_job
 from pipeline.root.journal import last_runs
 from pipeline.root.log import Log, LogEntry, last_beat
 from pipeline.root.manifest import ArtifactManifest, load

@@ -13,7 +13,7 @@ from pipeline.client import Artifact
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.job import Event
+from pipeline.root.job import Event
 from pipeline.training.mining import Mining, judged_pairs
 from pipeline.training.mining import mine as mine_negatives
 from pipeline.training.pairs import Pair, Unlabelled, corpus_pairs, read_pairs, write_pairs

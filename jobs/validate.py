@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.ingest.ingestion import REJECTED_SCHEMA
 from pipeline.ingest.validation import Validation
 from pipeline.ingest.validation import validate as run_validation
-from pipeline.job import Event
+from pipeline.root.job import Event
 
 SHOWN = 10
 

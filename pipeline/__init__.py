@@ -1,6 +1,6 @@
 """vecmill: a corpus of text becomes one servable vector index.
 
-Importing this package imports nothing heavy. Read ``run.py`` first, then any one stage.
+Importing this package imports nothing heavy. Read ``run.py`` first, then any one room.
 """
 
 from typing import TYPE_CHECKING

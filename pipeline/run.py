@@ -17,15 +17,16 @@ from pipeline.config import Config
 from pipeline.embed.coverage import Coverage, cover
 from pipeline.errors import ConfigError, VecmillError
 from pipeline.ingest.snapshot import snapshot_of
-from pipeline.job import Event, Job, Say, plan_job
 from pipeline.reports.account import make_account
 from pipeline.reports.report import put_report
 from pipeline.root import layout, retries
+from pipeline.root.job import Event, Job, Say, plan_job
 from pipeline.root.journal import journal
 from pipeline.root.log import Lease, writing
 from pipeline.root.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
 from pipeline.root.storage import uri_scheme
 from pipeline.search.judgements import read_queries
+from pipeline.search.lexical import Analyzer
 from pipeline.stages import index as stages
 from pipeline.stages import metering
 from pipeline.stages.cluster import Cluster, connected
@@ -139,6 +140,8 @@ def running(config: Config, say: Say, run_id: str | None = None) -> Iterator[tup
         raise ConfigError("root: memory:// lives in one process and Ray works in many; use a folder or a bucket")
     if config.evaluation.queries:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
+    if config.index.lexical:
+        Analyzer(config.index.language)  # and an unknown language
     retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
         watched = metering.watched(say)

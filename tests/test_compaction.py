@@ -8,11 +8,11 @@ import pytest
 from pipeline.artifacts.audit import audit
 from pipeline.artifacts.publish import live_artifact
 from pipeline.errors import ConfigError, StorageError, VerificationError
-from pipeline.job import plan_job
 from pipeline.operations import upkeep
 from pipeline.operations.compaction import SMALL_ROWS
 from pipeline.operations.erasure import purge
 from pipeline.root import layout
+from pipeline.root.job import plan_job
 from pipeline.root.manifest import list_records
 from pipeline.root.shards import read_columns
 from pipeline.root.storage import Storage

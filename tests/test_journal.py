@@ -11,8 +11,8 @@ from rich.console import Console
 from jobs.options import _bars, print_result, progress
 from jobs.status import _runs
 from pipeline.errors import DataError
-from pipeline.job import Event, Meter, plan_job, stage
 from pipeline.root import journal, layout
+from pipeline.root.job import Event, Meter, plan_job, stage
 from pipeline.root.journal import RunState, last_runs
 from pipeline.root.log import Log, writing
 from pipeline.root.manifest import load, to_bytes

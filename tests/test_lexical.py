@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.job import plan_job
+from pipeline.run import reindex
 from pipeline.search.lexical import K1, Analyzer, B, Lexical, write_lexical
 from tests.conftest import make_config, sentences
 
@@ -92,7 +92,7 @@ def test_an_unknown_language_is_refused():
         Analyzer("klingon")
     unknown = make_config("/nowhere/root", "/nowhere/corpus", index={"lexical": True, "language": "klingon"})
     with pytest.raises(ConfigError, match=r"index.language: klingon"):  # before anything is read or encoded
-        plan_job(unknown, on_gpu=False)
+        reindex(unknown)
 
 
 def test_a_damaged_index_is_refused(tmp_path):

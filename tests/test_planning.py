@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.job import plan_job
 from pipeline.operations.planning import make_plan
+from pipeline.root.job import plan_job
 from pipeline.run import reindex
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture

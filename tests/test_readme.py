@@ -47,10 +47,16 @@ def test_tour_and_plain_faiss_run_as_written(tmp_path):
 
 
 def test_tree_names_every_file_once():
-    listed = re.findall(r"^ *(\S+\.(?:py|yaml|txt)|\S+/) ", README[README.index("## The tree") :], re.M)
-    files = [path for root in TREE_ROOTS for path in (HOME / root).rglob("*") if path.suffix in {".py", ".yaml", ".txt"}]
-    names = [path.name for path in files if path.name != "__init__.py"]
-    assert sorted(name for name in listed if not name.endswith("/")) == sorted(names)
+    tree = README[README.index("## The tree") :]
+    listed, folders = [], []
+    for indent, name in re.findall(r"^( *)(\S+\.(?:py|yaml|txt|jinja|html)|\S+/)(?: |$)", tree[: tree.rindex("```")], re.M):
+        folders = [*folders[: len(indent) // 2], name.rstrip("/")]
+        listed.append("/".join(folders))
+    files = [path for root in TREE_ROOTS for path in (HOME / root).rglob("*")]
+    kinds = {".py", ".yaml", ".txt", ".jinja", ".html"}
+    names = [path.relative_to(HOME).as_posix() for path in files if path.suffix in kinds and path.name != "__init__.py"]
+    roots = tuple(f"{root}/" for root in TREE_ROOTS)
+    assert sorted(name for name in listed if name.startswith(roots) and Path(name).suffix) == sorted(names)
 
 
 def test_every_command_is_described():

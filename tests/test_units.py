@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.ingest.units import follow, identify_files, plan_units, reading
-from pipeline.job import plan_job
+from pipeline.root.job import plan_job
 from pipeline.run import reindex
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.job import plan_job
 from pipeline.operations import what_if as module
 from pipeline.operations.forecast import Rate
 from pipeline.operations.planning import make_plan
@@ -19,6 +18,7 @@ from pipeline.operations.what_if import (
     utilisation,
     what_if,
 )
+from pipeline.root.job import plan_job
 from pipeline.root.manifest import Record, to_bytes
 from tests.conftest import make_config, sentences, write_jsonl
 from tests.gpu.random_models import SHAPES

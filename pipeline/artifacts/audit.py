@@ -22,7 +22,7 @@ from pipeline.embed.coverage import cover, covered_keys
 from pipeline.errors import VerificationError
 from pipeline.ingest.passages import passage_key
 from pipeline.ingest.snapshot import snapshot_of
-from pipeline.job import Job, plan_job
+from pipeline.root.job import Job, plan_job
 from pipeline.root.manifest import ArtifactManifest
 from pipeline.root.shards import KEY_DTYPE, Keys
 from pipeline.search.document_files import Documents

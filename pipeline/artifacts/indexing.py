@@ -17,8 +17,8 @@ from pipeline.config import Config
 from pipeline.embed.embeddings import vectors_of
 from pipeline.errors import VerificationError
 from pipeline.fingerprint import fingerprint, sha256
-from pipeline.job import Job
 from pipeline.root import layout
+from pipeline.root.job import Job
 from pipeline.root.manifest import (
     ArtifactManifest,
     Evaluation,

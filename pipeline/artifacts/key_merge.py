@@ -19,8 +19,8 @@ from pipeline.embed.embeddings import open_embeddings, vectors_of
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.ingest.ingestion import PASSAGE_SCHEMA
 from pipeline.ingest.snapshot import Part
-from pipeline.job import Job
 from pipeline.root import layout
+from pipeline.root.job import Job
 from pipeline.root.manifest import DocumentsFile, Record, TrainedManifest
 from pipeline.root.shards import ROW_GROUP_ROWS, Cursor, Keys, is_among, key_bounds, keys_of, to_rows
 from pipeline.search.document_files import SCHEMA, DocumentsWriter

@@ -18,9 +18,9 @@ from pipeline.artifacts.key_merge import LIBRARY_BYTES, Counts, Sources, merge_r
 from pipeline.config import Config
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.fingerprint import sha256
-from pipeline.job import Job, scratch
 from pipeline.memory import frugal_malloc, give_back, peak_memory
 from pipeline.root import layout
+from pipeline.root.job import Job, scratch
 from pipeline.root.manifest import IndexPart, Merged, MergeRecord, TrainedManifest, to_bytes
 from pipeline.root.storage import Storage
 from pipeline.search.document_files import Documents

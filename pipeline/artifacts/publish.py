@@ -11,8 +11,8 @@ from pipeline.artifacts.artifact import MANIFEST, read_manifest, verify_file
 from pipeline.embed.coverage import Coverage
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint, sha256
-from pipeline.job import Event, Job
 from pipeline.root import layout
+from pipeline.root.job import Event, Job
 from pipeline.root.log import Lease, Log, LogEntry
 from pipeline.root.manifest import (
     ArtifactManifest,

@@ -8,7 +8,7 @@ from pipeline.embed.embeddings import contexts_of, quarantined_keys
 from pipeline.errors import DataError
 from pipeline.ingest.quarantine import put_quarantine
 from pipeline.ingest.snapshot import ceiling, live_keys, parts
-from pipeline.job import Event, Job
+from pipeline.root.job import Event, Job
 from pipeline.root.manifest import SnapshotManifest
 from pipeline.root.shards import KEY_DTYPE, Keys, is_among
 

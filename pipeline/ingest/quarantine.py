@@ -14,8 +14,8 @@ from pipeline.fingerprint import sha256
 from pipeline.ingest.corpus import text_head
 from pipeline.ingest.ingestion import REJECTED_SCHEMA
 from pipeline.ingest.snapshot import parts, rejected_tables
-from pipeline.job import Job, scratch
 from pipeline.root import layout
+from pipeline.root.job import Job, scratch
 from pipeline.root.manifest import SnapshotManifest
 from pipeline.root.shards import Keys, fixed_binary, read_columns
 

@@ -21,10 +21,10 @@ from pipeline.errors import ConfigError, VerificationError
 from pipeline.ingest.documents import count_passages, deleted_keys
 from pipeline.ingest.ingestion import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, REJECTED_SCHEMA
 from pipeline.ingest.snapshot import MASKED_SCHEMA, live_keys, parts, snapshot_of, unit_records
-from pipeline.job import new_run_id
 from pipeline.operations import upkeep
 from pipeline.operations.compaction import Store
 from pipeline.root import layout
+from pipeline.root.job import new_run_id
 from pipeline.root.log import writing
 from pipeline.root.manifest import DataFile, Record, SnapshotManifest, list_records, put_data, to_bytes
 from pipeline.root.shards import KEY_DTYPE, Keys, is_among, keys_of, parquet_bytes, read_columns

@@ -9,8 +9,8 @@ from pipeline.ann.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, c
 from pipeline.artifacts.key_merge import LIBRARY_BYTES
 from pipeline.config import ComputeConfig, Config
 from pipeline.embed.embeddings import MAX_UNIT_PASSAGES
-from pipeline.job import Job
 from pipeline.root import layout
+from pipeline.root.job import Job
 from pipeline.root.manifest import Document, Record, load, to_bytes
 from pipeline.root.shards import KEY_BYTES, ROW_GROUP_ROWS
 

@@ -29,9 +29,9 @@ from pipeline.ingest.passages import Splitter
 from pipeline.ingest.slices import Slice
 from pipeline.ingest.snapshot import Part, live_keys, parts, put_snapshot
 from pipeline.ingest.units import IngestUnit, count_done, deletes_config, identify_files, plan_units
-from pipeline.job import Job
 from pipeline.operations.forecast import Ahead, Rate, learned_rate, sizes
 from pipeline.root import layout
+from pipeline.root.job import Job
 from pipeline.root.manifest import InputFile
 from pipeline.root.shards import keys_of, parquet_bytes, read_columns
 from pipeline.root.storage import Storage

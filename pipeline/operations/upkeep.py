@@ -11,9 +11,9 @@ from pipeline.artifacts.artifact import MANIFEST, read_manifest, verify, verify_
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.ingest.snapshot import live_keys, parts, snapshot_of
-from pipeline.job import new_run_id
 from pipeline.operations import compaction
 from pipeline.root import layout
+from pipeline.root.job import new_run_id
 from pipeline.root.log import Log, LogEntry, writing
 from pipeline.root.manifest import ArtifactManifest, Evaluation, Record, SnapshotManifest, TrainedManifest, list_records, load
 from pipeline.root.result import remembered

@@ -17,9 +17,9 @@ from pipeline.encoding.numerics import on_gpu, resolve_precision
 from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.encoding.windows import document_tokens
 from pipeline.errors import ConfigError
-from pipeline.job import Job
 from pipeline.operations.forecast import Rate, learned_rate
 from pipeline.operations.planning import Plan, sample_texts
+from pipeline.root.job import Job
 
 CARDS = {"T4": 65, "A10G": 70, "L4": 121, "A10": 125, "A100": 312, "L40S": 362, "H100": 989, "H200": 989}
 """Dense FP16 peak of the tensor cores, TFLOP/s: NVIDIA's data sheets, whose figures with sparsity are halved. H100: SXM."""

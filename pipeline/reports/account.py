@@ -17,9 +17,9 @@ from pipeline.ann.drift import Measure, histogram
 from pipeline.ann.index_plan import is_coded
 from pipeline.embed.coverage import Coverage
 from pipeline.ingest.snapshot import Part, parts, unit_records
-from pipeline.job import Job
 from pipeline.operations.forecast import PLAN, Forecast
 from pipeline.root import layout, retries
+from pipeline.root.job import Job
 from pipeline.root.log import Log
 from pipeline.root.manifest import (
     ArtifactManifest,

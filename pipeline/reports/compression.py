@@ -24,7 +24,7 @@ from pipeline.client import Artifact
 from pipeline.config import Config
 from pipeline.config_what import IndexConfig
 from pipeline.errors import ConfigError
-from pipeline.job import Event, Say
+from pipeline.root.job import Event, Say
 from pipeline.root.manifest import OperatingPoint, Values
 from pipeline.search.document_files import Documents
 from pipeline.search.judgements import chosen_queries, ir_metrics, read_qrels
@@ -80,7 +80,7 @@ class Compression(Values):
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     """Judged queries as vectors, and the documents of each ordinal."""
 
     vectors: Matrix
@@ -104,7 +104,7 @@ class _Cut:
     vectors: Matrix
     halves: Any
     truth: operating.Truth
-    judged: _Judged | None
+    judged: Judged | None
 
     @property
     def dim(self) -> int:
@@ -124,7 +124,7 @@ def compress(config: Config, say: Say = lambda _: None) -> Compression:
     full = to_float32(opened.partition.collection.vectors[:])
     rng = np.random.default_rng(config.index.seed)
     own = np.sort(rng.choice(count, min(config.evaluation.sample, max(1, count // 10)), replace=False))
-    judged = _judged(config, opened)
+    judged = judge_of(config, opened)
     whole = _cut(full, own, config.evaluation.k, judged, full.shape[1])
     rows: list[Compressed] = []
     exact: dict[int, float] = {}
@@ -145,14 +145,15 @@ def compress(config: Config, say: Say = lambda _: None) -> Compression:
     )  # fmt: skip
 
 
-def _judged(config: Config, opened: OpenedHere) -> _Judged | None:
+def judge_of(config: Config, opened: OpenedHere) -> Judged | None:
+    """The queries of ``evaluation.queries`` with their vectors, to judge answers by; None where the config names none."""
     evaluation = config.evaluation
     if evaluation.queries is None or evaluation.qrels is None:
         return None
     qrels = read_qrels(evaluation.qrels, config.store)
     texts = chosen_queries(evaluation.queries, config.store, qrels.keys())
     vectors = Artifact(opened, config).encode(list(texts.values()))
-    return _Judged(vectors, list(texts), {name: qrels[name] for name in texts}, _doc_ids(opened.partition.documents))
+    return Judged(vectors, list(texts), {name: qrels[name] for name in texts}, _doc_ids(opened.partition.documents))
 
 
 def _doc_ids(documents: Documents) -> dict[int, list[str]]:
@@ -163,14 +164,14 @@ def _doc_ids(documents: Documents) -> dict[int, list[str]]:
     return found
 
 
-def _cut(full: Matrix, own: Ordinals, k: int, judged: _Judged | None, dim: int) -> _Cut:
-    vectors = _shortened(full, dim)
+def _cut(full: Matrix, own: Ordinals, k: int, judged: Judged | None, dim: int) -> _Cut:
+    vectors = shortened(full, dim)
     halves = vectors.astype(np.float16)
     truth = operating.ground_truth(halves, vectors[own], own, k)
-    return _Cut(vectors, halves, truth, replace(judged, vectors=_shortened(judged.vectors, dim)) if judged else None)
+    return _Cut(vectors, halves, truth, replace(judged, vectors=shortened(judged.vectors, dim)) if judged else None)
 
 
-def _shortened(vectors: Matrix, dim: int) -> Matrix:
+def shortened(vectors: Matrix, dim: int) -> Matrix:
     """Leading dimensions of unit vectors, of length 1 again."""
     if dim == vectors.shape[1]:
         return vectors

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from pipeline.errors import StorageError, VecmillError
-from pipeline.job import Event, Job
 from pipeline.root import layout
+from pipeline.root.job import Event, Job
 from pipeline.root.log import Log
 from pipeline.root.manifest import Document, Values, load, to_bytes
 from pipeline.root.storage import Storage

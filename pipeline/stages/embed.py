@@ -28,9 +28,9 @@ from pipeline.encoding.numerics import machine_name
 from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.errors import VecmillError
 from pipeline.ingest.snapshot import Part, ceiling, parts
-from pipeline.job import Event, Job, stage
 from pipeline.operations.forecast import Ahead, put_forecast
 from pipeline.root import retries
+from pipeline.root.job import Event, Job, stage
 from pipeline.root.manifest import Record, SnapshotManifest
 from pipeline.root.shards import KEY_DTYPE
 from pipeline.root.storage import Storage

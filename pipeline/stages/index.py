@@ -8,8 +8,8 @@ from pipeline.artifacts import indexing, merging
 from pipeline.artifacts.key_merge import Sources
 from pipeline.embed.coverage import Coverage, covered_keys
 from pipeline.ingest.snapshot import parts
-from pipeline.job import Event, Job, Meter, stage
 from pipeline.root import layout
+from pipeline.root.job import Event, Job, Meter, stage
 from pipeline.root.manifest import Evaluation, Merged, MergeRecord, Record, TrainedManifest, list_records
 from pipeline.root.shards import Keys, is_among, read_keys
 from pipeline.stages.cluster import Cluster, run_all, run_one

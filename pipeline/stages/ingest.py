@@ -21,8 +21,8 @@ from pipeline.ingest.passages import Splitter
 from pipeline.ingest.quarantine import put_quarantine
 from pipeline.ingest.snapshot import ceiling, check_quality, grown, put_snapshot, snapshot_name, unit_records
 from pipeline.ingest.units import CorpusFiles, IngestUnit, deletes_config, follow, identify_files, limited, plan_units, reading
-from pipeline.job import Event, Job, stage
 from pipeline.root import layout, retries
+from pipeline.root.job import Event, Job, stage
 from pipeline.root.manifest import Record, SnapshotManifest, load
 from pipeline.root.shards import read_columns
 from pipeline.root.storage import Storage

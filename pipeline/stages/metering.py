@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from ray.util import metrics as exported
 
-from pipeline.job import Event, Say
 from pipeline.metrics import (
     ACTOR_RESTARTS,
     BATCH_TOKENS,
@@ -25,6 +24,7 @@ from pipeline.metrics import (
     TOKENS_ENCODED,
     Metric,
 )
+from pipeline.root.job import Event, Say
 from pipeline.root.manifest import ArtifactManifest, Record
 
 

@@ -42,7 +42,7 @@ from pipeline.encoding import torch_engine
 from pipeline.encoding.model_files import LATE_INTERACTION, kind_of
 from pipeline.encoding.numerics import native_bf16
 from pipeline.errors import ConfigError
-from pipeline.job import Event, Meter, Say
+from pipeline.root.job import Event, Meter, Say
 from pipeline.training.recipe import Trained, Training, begin, check_batch, finished, last_checkpoint, write_log
 from pipeline.training.rows import contrastive_rows, distilled_rows, with_negatives
 

@@ -1,7 +1,7 @@
 """What a thousand million passages of 1,024 dimensions would take, from what was measured; writes capacity.json. A minute.
 
 ``python tests/benchmarks/capacity.py``. Constants come from the JSON files beside this one and from the code that plans a run;
-the anti-join is measured here. What nobody here could measure, the rate of a GPU and prices, is assumed and named so.
+the anti-join is measured here. What nobody here could measure, prices and a whole run on GPUs, is assumed and named so.
 """
 
 import json

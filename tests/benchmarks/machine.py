@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "ray"
 
 
 def machine() -> dict[str, Any]:
-    """``COMMIT`` names the commit where the checkout came without its history."""
+    """``changed``: what differed from the commit. ``COMMIT`` names it where the checkout came without its history."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
     )
@@ -22,14 +23,14 @@ def machine() -> dict[str, Any]:
         **_gpu(),
         "python": platform.python_version(),
         "versions": dict(filter(None, map(_version, PACKAGES))),
-        "commit": os.environ.get("COMMIT") or _commit(),
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD"),
+        "changed": [] if os.environ.get("COMMIT") else _git("status", "--porcelain", "--", "*.py").splitlines(),
     }
 
 
 def _gpu() -> dict[str, str]:
-    import torch
-
-    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    torch = sys.modules.get("torch")  # which a benchmark that needs none shall not load
+    return {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
 
 
 def _version(package: str) -> tuple[str, str] | None:
@@ -39,6 +40,5 @@ def _version(package: str) -> tuple[str, str] | None:
         return None
 
 
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HOME, capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=HOME, capture_output=True, text=True, check=True).stdout.strip()

@@ -30,8 +30,8 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.embed.coverage import cover
 from pipeline.ingest.snapshot import parts, snapshot_of
-from pipeline.job import plan_job
 from pipeline.root import layout
+from pipeline.root.job import plan_job
 from pipeline.root.manifest import list_records
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine

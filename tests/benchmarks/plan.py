@@ -21,7 +21,7 @@ from jobs.demo_corpus import docstrings
 from pipeline.artifacts.publish import require_live
 from pipeline.config_file import parse_config
 from pipeline.ingest.snapshot import snapshot_of
-from pipeline.job import plan_job
+from pipeline.root.job import plan_job
 from pipeline.root.manifest import MergeRecord
 from tests.benchmarks import debian
 from tests.benchmarks.machine import machine

@@ -1,9 +1,10 @@
 """Measures what bytes per vector cost in retrieval quality; writes quality.json. An hour on 2 slow cores.
 
 ``python tests/benchmarks/quality.py FOLDER``: where training.py keeps its models and roots. ``compress``, which is what
-``vecmill tune --report`` tells, over SciFact, CACM and XQuAD from ../shared/data as MiniLM sees them, and over the first two
-as the same model sees them after training with and without Matryoshka. Search settings are those of recall@10 0.99 on
-held-out passages, never chosen on judged queries; nDCG@10 of exact search in all dimensions is what they are held against.
+``vecmill tune --report`` tells, over SciFact, CACM and XQuAD from ../shared/data as MiniLM sees them; exact search alone over
+the first two as the same model sees them after training with and without Matryoshka. Search settings are those of recall@10
+0.99 on held-out passages, never chosen on judged queries; nDCG@10 of exact search in all dimensions is what they are held
+against.
 """
 
 import json
@@ -26,7 +27,7 @@ from pipeline.ann.vectors import to_float32
 from pipeline.artifacts.live import open_live
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.reports.compression import CUTS, FOUND_DEPTH, Compression, _judged, _shortened, compress
+from pipeline.reports.compression import CUTS, FOUND_DEPTH, Compression, compress, judge_of, shortened
 from pipeline.run import reindex
 from tests.benchmarks.machine import machine
 from tests.benchmarks.training import DATASETS, IN_BATCH, Bench
@@ -73,11 +74,11 @@ def compressed(bench: Bench, model: str, dataset: str) -> Compression:
 def by_dim(config: Config) -> dict[int, float]:
     """nDCG@10 of exact search over leading dimensions, as ``compress`` measures it."""
     opened = open_live(config)
-    full, judged = to_float32(opened.partition.collection.vectors[:]), _judged(config, opened)
+    full, judged = to_float32(opened.partition.collection.vectors[:]), judge_of(config, opened)
     assert judged is not None
     found = {}
-    for dim in (full.shape[1] // part for part in CUTS):
-        vectors, queries = _shortened(full, dim).astype(np.float16), _shortened(judged.vectors, dim)
+    for dim in (full.shape[1] // part for part in CUTS if full.shape[1] % part == 0):
+        vectors, queries = shortened(full, dim).astype(np.float16), shortened(judged.vectors, dim)
         found[dim] = judged.quality(exact_search(vectors, queries, FOUND_DEPTH)[1])
     return found
 

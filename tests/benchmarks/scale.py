@@ -28,7 +28,7 @@ HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
 from pipeline.config_file import load_config
-from pipeline.job import plan_job
+from pipeline.root.job import plan_job
 from pipeline.root.journal import last_runs
 from pipeline.root.storage import Storage
 from tests.benchmarks import debian

@@ -33,7 +33,7 @@ from pipeline.embed.tokenized import NO_SPANS, TokenizedUnit
 from pipeline.encoder import Encoded
 from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.fingerprint import sha256
-from pipeline.job import plan_job
+from pipeline.root.job import plan_job
 from pipeline.root.shards import KEY_DTYPE
 from pipeline.stages import embed
 from pipeline.stages.cluster import Cluster

@@ -3,8 +3,9 @@
 ``python tests/benchmarks/training.py FOLDER``: where everything is kept; run again, it goes on where it was cut short.
 SciFact (../shared/data): its 809 training queries train the models that its 300 test queries judge. No choice is made on
 either: recipes are the defaults of the commands, fixed before the first training, but for ``--max-tokens`` and the three
-negatives of the cross-encoder, which are for time. CACM is judged too and never trained on. The loop is the commands of the
-README, each timed; quality is that of the live artifacts, as ``vecmill compare`` tells it.
+negatives of the cross-encoder, which are for time, and its learning rate, whose default curve.py has raised since. CACM is
+judged too and never trained on. The loop is the commands of the README, each timed; quality is that of the live artifacts, as
+``vecmill compare`` tells it.
 """
 
 import json

@@ -15,8 +15,8 @@ from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.encoding.windows import context_tokens
 from pipeline.errors import ConfigError
 from pipeline.ingest.passages import CONTEXT_BYTES, Splitter, late_keys, passage_key
-from pipeline.job import plan_job
 from pipeline.operations.erasure import purge
+from pipeline.root.job import plan_job
 from pipeline.run import reindex
 from tests.conftest import make_config, save_first_layer, sentences, write_jsonl
 from tests.e2e.test_cli import vecmill

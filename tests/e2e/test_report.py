@@ -11,13 +11,13 @@ from pipeline.ann.drift import MAX_IMBALANCE
 from pipeline.artifacts.publish import live_artifact
 from pipeline.encoding.numerics import cpu_threads, machine_name
 from pipeline.ingest.snapshot import snapshot_of
-from pipeline.job import plan_job
 from pipeline.operations import upkeep
 from pipeline.operations.forecast import PLAN, Forecast
 from pipeline.operations.planning import make_plan
 from pipeline.reports.account import Account
 from pipeline.reports.report import HTML, JSON, render, stored_account
 from pipeline.root import layout
+from pipeline.root.job import plan_job
 from pipeline.root.journal import last_runs
 from pipeline.root.manifest import load
 from pipeline.root.storage import Storage

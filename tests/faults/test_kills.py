@@ -15,8 +15,8 @@ from pipeline.artifacts.publish import live_artifact
 from pipeline.embed.coverage import cover
 from pipeline.errors import BadFileError, ProcessError
 from pipeline.ingest.snapshot import rejected_rows, snapshot_of
-from pipeline.job import plan_job
 from pipeline.root import layout
+from pipeline.root.job import plan_job
 from pipeline.root.shards import open_parquet
 from pipeline.root.storage import Storage
 from pipeline.run import reindex

@@ -1,4 +1,4 @@
-"""What every stage of a run shares: the config, the storages, the resolved encoder, and a way to tell progress."""
+"""What every stage of a run shares: config, storages, the resolved encoder, room for files, a way to tell progress."""
 
 import contextlib
 import functools
@@ -19,7 +19,6 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.root import layout
 from pipeline.root.manifest import Record, list_records
 from pipeline.root.storage import Storage
-from pipeline.search.lexical import Analyzer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,10 +136,8 @@ def stage(
 def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None, run_id: str | None = None) -> Job:
     """Resolve the encoder for encoders with or without GPUs and open the storages. Writes nothing.
 
-    Raises ConfigError for an unknown model, precision or language.
+    Raises ConfigError for an unknown model or precision.
     """
-    if config.index.lexical:
-        Analyzer(config.index.language)  # an unknown language is told before hours of encoding
     folder = find_model(config.encoder.model, config.encoder.revision)
     precision = resolve_precision(config.encoder.precision, on_gpu=on_gpu, overflows=folder.overflows)
     backend = resolve_backend(_backend(config, folder), folder, on_gpu=on_gpu, precision=precision)
