@@ -1,8 +1,8 @@
 """Measures what becomes of long documents: cut, split, pooled, chunked late; writes lengths.json. Half an hour on 2 cores.
 
 ``python tests/benchmarks/lengths.py FOLDER``: that of training.py, run before; again, it goes on where it was cut short.
-SciFact (abstracts, three in five over MiniLM's 256 tokens) and CACM from ../shared/data, their test queries, vecmill's
-defaults but for what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had
+SciFact (abstracts, three in five over MiniLM's 256 tokens) from ../shared/data, its test queries, vecmill's defaults but for
+what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had
 here.
 """
 
@@ -24,7 +24,7 @@ from tests.benchmarks.machine import machine
 from tests.benchmarks.training import told
 from tests.conftest import SHARED_DATA
 
-DATASETS = ("scifact", "cacm")
+DATASETS = ("scifact",)
 WAYS: dict[str, dict[str, Any]] = {
     "cut at 256": {"passages": {"long": "truncate"}},
     "windows of 256": {},
