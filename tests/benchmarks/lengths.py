@@ -1,7 +1,7 @@
 """Measures what becomes of long documents: cut, split, pooled, chunked late; writes lengths.json. Half an hour on 2 cores.
 
 ``python tests/benchmarks/lengths.py FOLDER``: that of training.py, run before; again, it goes on where it was cut short.
-SciFact (abstracts, three in five over MiniLM's 256 tokens) from ../shared/data, its test queries, vecmill's defaults but for
+SciFact (abstracts, seven in ten over MiniLM's 256 tokens) from ../shared/data, its test queries, vecmill's defaults but for
 what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had
 here.
 """
