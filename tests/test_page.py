@@ -142,7 +142,7 @@ def test_its_colours_are_those_of_the_report():
     def colours(text):
         return re.findall(r"^(?:@media.*\{ )?:root \{ --ink.*$", text, re.M)
 
-    report = (FILE.parent.parent / HEAD).read_text(encoding="utf-8")
+    report = (FILE.parent.parent / "reports" / HEAD).read_text(encoding="utf-8")
     assert len(colours(report)) == 2
     assert colours(FILE.read_text(encoding="utf-8")) == colours(report)
 
