@@ -26,7 +26,7 @@ from pipeline.root.log import Lease, writing
 from pipeline.root.manifest import ArtifactManifest, SnapshotManifest, TrainedManifest
 from pipeline.root.storage import uri_scheme
 from pipeline.search.judgements import read_queries
-from pipeline.search.lexical import Analyzer
+from pipeline.search.lexical import check_language
 from pipeline.stages import index as stages
 from pipeline.stages import metering
 from pipeline.stages.cluster import Cluster, connected
@@ -140,8 +140,7 @@ def running(config: Config, say: Say, run_id: str | None = None) -> Iterator[tup
         raise ConfigError("root: memory:// lives in one process and Ray works in many; use a folder or a bucket")
     if config.evaluation.queries:
         read_queries(config.evaluation.queries, config.store)  # a wrong path is told before hours of encoding
-    if config.index.lexical:
-        Analyzer(config.index.language)  # and an unknown language
+    check_language(config.index)
     retries.taken()  # those of an earlier run
     with connected(config.compute) as cluster:
         watched = metering.watched(say)

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, VerificationError
+from pipeline.operations.planning import make_plan
+from pipeline.root.job import plan_job
 from pipeline.run import reindex
 from pipeline.search.lexical import K1, Analyzer, B, Lexical, write_lexical
 from tests.conftest import make_config, sentences
@@ -93,6 +95,8 @@ def test_an_unknown_language_is_refused():
     unknown = make_config("/nowhere/root", "/nowhere/corpus", index={"lexical": True, "language": "klingon"})
     with pytest.raises(ConfigError, match=r"index.language: klingon"):  # before anything is read or encoded
         reindex(unknown)
+    with pytest.raises(ConfigError, match=r"index.language: klingon"):
+        make_plan(plan_job(unknown, on_gpu=False), lambda texts: 1.0)
 
 
 def test_a_damaged_index_is_refused(tmp_path):

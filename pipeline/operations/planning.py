@@ -35,6 +35,7 @@ from pipeline.root.job import Job
 from pipeline.root.manifest import InputFile
 from pipeline.root.shards import keys_of, parquet_bytes, read_columns
 from pipeline.root.storage import Storage
+from pipeline.search.lexical import check_language
 
 SAMPLE_DOCUMENTS = 2000
 SAMPLE_SLICES = 32
@@ -106,6 +107,7 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float], *, full: bo
 
     ``full``: read, check and split the whole corpus into a scratch folder, as a run would, instead of a sample of it.
     """
+    check_language(job.config.index)
     listed = identify_files(job.config, known_files(job.storage))
     files = listed.chosen
     units = plan_units(files, job.config, job.spec.space)

@@ -127,12 +127,9 @@ def compress(config: Config, say: Say = lambda _: None) -> Compression:
     judged = judge_of(config, opened)
     whole = _cut(full, own, config.evaluation.k, judged, full.shape[1])
     rows: list[Compressed] = []
-    exact: dict[int, float] = {}
-    cuts = [full.shape[1] // part for part in CUTS if full.shape[1] % part == 0]
+    cuts = _cuts(full)
     for dim in cuts:
         cut = whole if dim == whole.dim else _cut(full, own, config.evaluation.k, judged, dim)
-        if cut.judged is not None:
-            exact[dim] = cut.judged.quality(exact_search(cut.halves, cut.judged.vectors, FOUND_DEPTH)[1])
         for kind, width, bits in KINDS:
             say(Event("compress", done=len(rows), total=3 * len(KINDS) * len(cuts)))
             if width == 0 or dim % width == 0:
@@ -140,9 +137,23 @@ def compress(config: Config, say: Say = lambda _: None) -> Compression:
                 rows += _measured(config, shape, cut, whole)
     say(Event("compress", ended=True))
     return Compression(
-        artifact=manifest.version, passages=count, dim=full.shape[1], queries=len(judged.names) if judged else 0, exact=exact,
-        rows=tuple(_best(rows)),
+        artifact=manifest.version, passages=count, dim=full.shape[1], queries=len(judged.names) if judged else 0,
+        exact=exact_by_dim(full, judged) if judged else {}, rows=tuple(_best(rows)),
     )  # fmt: skip
+
+
+def exact_by_dim(full: Matrix, judged: Judged) -> dict[int, float]:
+    """nDCG@10 of exact search over the leading dimensions of vectors, (n, dim), as they would be stored in float16."""
+    return {
+        dim: judged.quality(
+            exact_search(_shortened(full, dim).astype(np.float16), _shortened(judged.vectors, dim), FOUND_DEPTH)[1]
+        )
+        for dim in _cuts(full)
+    }
+
+
+def _cuts(full: Matrix) -> list[int]:
+    return [full.shape[1] // part for part in CUTS if full.shape[1] % part == 0]
 
 
 def judge_of(config: Config, opened: OpenedHere) -> Judged | None:
@@ -165,13 +176,13 @@ def _doc_ids(documents: Documents) -> dict[int, list[str]]:
 
 
 def _cut(full: Matrix, own: Ordinals, k: int, judged: Judged | None, dim: int) -> _Cut:
-    vectors = shortened(full, dim)
+    vectors = _shortened(full, dim)
     halves = vectors.astype(np.float16)
     truth = operating.ground_truth(halves, vectors[own], own, k)
-    return _Cut(vectors, halves, truth, replace(judged, vectors=shortened(judged.vectors, dim)) if judged else None)
+    return _Cut(vectors, halves, truth, replace(judged, vectors=_shortened(judged.vectors, dim)) if judged else None)
 
 
-def shortened(vectors: Matrix, dim: int) -> Matrix:
+def _shortened(vectors: Matrix, dim: int) -> Matrix:
     """Leading dimensions of unit vectors, of length 1 again."""
     if dim == vectors.shape[1]:
         return vectors

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.ann.recall import Matrix, Ordinals
+from pipeline.config_what import IndexConfig
 from pipeline.errors import ConfigError, VerificationError
 
 FOLDER = "bm25"
@@ -28,6 +29,12 @@ BLOCK_ENTRIES = 1 << 18
 MAX_REMEMBERED_WORDS = 1 << 20
 
 Mask = npt.NDArray[np.bool_]
+
+
+def check_language(request: IndexConfig) -> None:
+    """Tell an unknown language before hours of encoding: ConfigError."""
+    if request.lexical:
+        Analyzer(request.language)
 
 
 class Analyzer:

@@ -7,9 +7,8 @@ run again, it goes on where it was cut short.
 
 SciFact's 809 training queries, MiniLM as shipped, negatives mined by it, pairs of 512 tokens. The learning rate is chosen on
 a fifth of the training queries after training on the others; SciFact's 300 test queries judge what was chosen, and CACM,
-which nothing was trained on: their top 50 of dense search in the order of the model. ``train_s`` is of
-``processes`` that share the device. Each size is a draw of queries, another
-for each seed.
+which nothing was trained on: their top 50 of dense search in the order of the model. ``train_s`` is of ``processes`` that
+share the device. Each size is a draw of queries, another for each seed.
 """
 
 import gzip
@@ -72,10 +71,10 @@ def pack(folder: Path, out: Path) -> None:
     save_file(half, weights, metadata={"format": "pt"})
     shutil.copy(folder / "train.parquet", out / "train.parquet")
     for name in SETS:
-        _pack_set(folder, out / name, SHARED_DATA / name, load_config(str(folder / f"shipped-{name}.yaml")))
+        _pack_set(out / name, SHARED_DATA / name, load_config(str(folder / f"shipped-{name}.yaml")))
 
 
-def _pack_set(folder: Path, out: Path, data: Path, settings: Config) -> None:
+def _pack_set(out: Path, data: Path, settings: Config) -> None:
     from pipeline.client import open_root
     from pipeline.search.searcher import documents
 
@@ -104,8 +103,8 @@ def run(packed: Path, out: Path, processes: int) -> None:
             names = {fingerprint(asdict(task)): task for task in tasks}
             running = {pool.submit(_one, packed, out, task): name for name, task in names.items() if name not in known}
             for each in as_completed(running):
-                known[running[each]] = each.result()
-                log.write(json.dumps([running[each], each.result()]) + "\n")
+                known[running[each]] = each.result() | {"processes": processes}
+                log.write(json.dumps([running[each], known[running[each]]]) + "\n")
                 log.flush()
             return [asdict(task) | known[name] for name, task in names.items()]
 
@@ -115,7 +114,6 @@ def run(packed: Path, out: Path, processes: int) -> None:
         tasks = [Task(replace(best, seed=seed), share=share) for share in SHARES[::-1] for seed in SEEDS]
         found["test"] = done(tasks)
     found["means"] = means(found["test"])
-    found["processes"] = processes
     (out / "curve.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({name: found[name] for name in ("measured", "dense", "chosen", "means")}, indent=1))
 

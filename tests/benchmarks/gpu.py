@@ -1,7 +1,7 @@
 """Measures the encoder on a GPU; writes gpu.json. Minutes; needs torch and sentence-transformers, neither Ray nor FAISS.
 
-``python tests/benchmarks/gpu.py OUT PACK``: MiniLM on SciFact, both from the PACK of curve.py, then models of well-known shapes
-with random weights on random words; of OUT/gpu.json, what is there already is not measured again. Against
+``python tests/benchmarks/gpu.py OUT PACK``: MiniLM on SciFact, both from the PACK of curve.py, then a model of a well-known
+shape with random weights on random words; of OUT/gpu.json, what is there already is not measured again. Against
 SentenceTransformer.encode with FP32 defaults and with 16-bit weights at its best batch size, in turn, tokenizing included.
 Beside it the rate with texts tokenized ahead, which is how the pipeline feeds an encoder, and what one core tokenizes: how
 many cores a GPU needs.
@@ -41,7 +41,6 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "gpu.json"
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"models": {}}
-    found["measured"] = machine()
     with tempfile.TemporaryDirectory() as folder:
         if "all-MiniLM-L6-v2" not in found["models"]:
             spec = resolve_spec(model=f"{sys.argv[2]}/model", precision="fp16")[0]
@@ -56,7 +55,9 @@ def _add(found: dict[str, Any], out: Path, name: str, spec: EncoderSpec, texts: 
     """One more row, written at once: a GPU is lent for minutes."""
     started = time.perf_counter()
     row = asdict(measure(spec, texts, rounds=ROUNDS, baseline=True)) | ahead(spec, texts)
-    found["models"][name] = row | {"model": name, "measured_in_s": round(time.perf_counter() - started, 1)}
+    found["models"][name] = (
+        {"measured": machine()} | row | {"model": name, "measured_in_s": round(time.perf_counter() - started, 1)}
+    )
     (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     print(name, json.dumps(row, indent=1), flush=True)
 

@@ -2,8 +2,7 @@
 
 ``python tests/benchmarks/lengths.py FOLDER``: that of training.py, run before; again, it goes on where it was cut short.
 SciFact (abstracts, seven in ten over MiniLM's 256 tokens) from ../shared/data, its test queries, vecmill's defaults but for
-what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had
-here.
+what a row names. MiniLM has positions for 512 tokens, twice its limit: long context as far as it is to be had here.
 """
 
 import json

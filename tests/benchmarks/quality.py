@@ -20,14 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HOME = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(HOME))
 
-import numpy as np
-
-from pipeline.ann.recall import exact_search
 from pipeline.ann.vectors import to_float32
 from pipeline.artifacts.live import open_live
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.reports.compression import CUTS, FOUND_DEPTH, Compression, compress, judge_of, shortened
+from pipeline.reports.compression import Compression, compress, exact_by_dim, judge_of
 from pipeline.run import reindex
 from tests.benchmarks.machine import machine
 from tests.benchmarks.training import DATASETS, IN_BATCH, Bench
@@ -76,11 +73,7 @@ def by_dim(config: Config) -> dict[int, float]:
     opened = open_live(config)
     full, judged = to_float32(opened.partition.collection.vectors[:]), judge_of(config, opened)
     assert judged is not None
-    found = {}
-    for dim in (full.shape[1] // part for part in CUTS if full.shape[1] % part == 0):
-        vectors, queries = shortened(full, dim).astype(np.float16), shortened(judged.vectors, dim)
-        found[dim] = judged.quality(exact_search(vectors, queries, FOUND_DEPTH)[1])
-    return found
+    return exact_by_dim(full, judged)
 
 
 def ratios(measured: Sequence[Compression]) -> list[dict[str, Any]]:
