@@ -53,7 +53,7 @@ def main() -> None:
     found["encode"] = encode(measured["simulated"])
     tokens, texts = (PASSAGES * ASSUMED[f"{name}_per_passage"] for name in ("tokens", "text_bytes"))
     ahead = Ahead(PASSAGES, round(tokens), texts, PASSAGES, round(ASSUMED["gpus"]), None)
-    found["bytes"] = sizes(make_config("/nowhere", "/nowhere"), plan, ahead, DIM)
+    found["bytes"] = sizes(make_config("/nowhere/root", "/nowhere/corpus"), plan, ahead, DIM)
     found["memory_bytes"] = {
         "anti-join, of keys": round(join["bytes_per_key"] * anti_join.KEYS_AT_ONCE),
         "anti-join, a byte per passage": PASSAGES,

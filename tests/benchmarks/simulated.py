@@ -167,7 +167,7 @@ class _Cluster(Cluster):
 
 def tokenizer_rate() -> float:
     """Tokens per second that one core makes of real texts."""
-    job = plan_job(make_config("/nowhere", "/nowhere"), on_gpu=False)
+    job = plan_job(make_config("/nowhere/root", "/nowhere/corpus"), on_gpu=False)
     tokenizer = TextTokenizer(job.model, job.spec.max_tokens)
     texts = [row["text"] for row in docstrings()]
     best = 0.0
