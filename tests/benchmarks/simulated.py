@@ -1,8 +1,9 @@
-"""Measures the embed stage with 1 to 64 encoders that sleep as long as a GPU would work; writes simulated.json. Ten minutes.
+"""Measures the embed stage with 1 to 64 encoders that sleep as long as a GPU would work; writes simulated.json. 20 minutes.
 
 ``python tests/benchmarks/simulated.py``. The stage is the pipeline's own (``embed._run``), and so are Ray Data, the shards and
 their records; simulated are the texts, which come tokenized, and the arithmetic: an encoder sleeps for the tokens of a unit,
-two seconds of them, and then has vectors. No torch is imported. Efficiency is the share of the time of all encoders in which
+and then has vectors. No torch is imported. A GPU's unit of 32,768 passages is a minute of such an encoder; here units are 8
+seconds, and 2 in a last run, which shows what saturates first. Efficiency is the share of the time of all encoders in which
 they encode, from the first unit of the last one that started to the end of the last unit, the end where some are idle
 included. How many cores must tokenize to feed a GPU is told apart, from the rate of one core on real texts.
 """
@@ -41,14 +42,16 @@ from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import cpu_seconds, spilled_bytes
 from tests.conftest import make_config
 
-ACTORS = (1, 4, 16, 64)
+RUNS = ((64, 8), (8, 8), (1, 8), (64, 2))
+"""How many encoders, and for how many seconds each has work in one unit."""
 UNITS_PER_ACTOR = 30
 TOKENS_PER_S = 100_000
 """Of a simulated GPU."""
-UNIT_S = 2.0
 PASSAGE_TOKENS = 200
-PASSAGES = int(TOKENS_PER_S * UNIT_S / PASSAGE_TOKENS)
+PASSAGES_PER_S = TOKENS_PER_S // PASSAGE_TOKENS
 DIM = 384
+RAY_CPUS = 8
+"""That Ray hands out, of the two that are there: who tokenizes and who encodes here only waits."""
 
 
 class SleepingEncoder:
@@ -60,8 +63,9 @@ class SleepingEncoder:
     def __init__(self, spec: Any, log: Path) -> None:
         self.spec = spec
         self._log = log
-        self._vectors = np.zeros((PASSAGES, DIM), dtype=np.float32)
-        self._vectors[np.arange(PASSAGES), np.arange(PASSAGES) % DIM] = 1
+        self._vectors = np.tile(
+            np.eye(DIM, dtype=np.float32), (-(-PASSAGES_PER_S * max(unit_s for _, unit_s in RUNS) // DIM), 1)
+        )
 
     def encode_tokens(self, tokens: Any, *, prompt: str, windows: Any) -> Encoded:
         """A vector for each text."""
@@ -87,9 +91,9 @@ def tokenized_row(row: dict[str, Any], spec: Any, storage: Any) -> dict[str, Any
     """A unit as if its texts were read and tokenized."""
     unit = EmbedUnit.model_validate_json(row["unit"])
     rng = np.random.default_rng(int(unit.name[:8], 16))
-    keys = np.sort(np.frombuffer(rng.bytes(PASSAGES * KEY_DTYPE.itemsize), dtype=KEY_DTYPE))
-    lengths, ones = np.full(PASSAGES, PASSAGE_TOKENS, dtype=np.int32), np.ones(PASSAGES, dtype=np.int32)
-    ids = np.full(PASSAGES * PASSAGE_TOKENS, 7, dtype=np.int32)
+    keys = np.sort(np.frombuffer(rng.bytes(unit.passages * KEY_DTYPE.itemsize), dtype=KEY_DTYPE))
+    lengths, ones = np.full(unit.passages, PASSAGE_TOKENS, dtype=np.int32), np.ones(unit.passages, dtype=np.int32)
+    ids = np.full(unit.passages * PASSAGE_TOKENS, 7, dtype=np.int32)
     return {
         **TokenizedUnit(unit.name, keys, ids, lengths, ones, NO_SPANS, {"read": 0.0, "tokenize": 0.0}).as_row(),
         "retries": 0,
@@ -102,26 +106,26 @@ def main() -> None:
     rate = tokenizer_rate()
     found: dict[str, Any] = {
         "measured": machine(),
-        "gpu": {"tokens_per_s": TOKENS_PER_S, "unit_s": UNIT_S, "passages_per_unit": PASSAGES, "dim": DIM},
+        "gpu": {"tokens_per_s": TOKENS_PER_S, "passages_per_s": PASSAGES_PER_S, "dim": DIM},
         "tokenizer": {"tokens_per_s_per_core": rate, "cores_per_gpu": round(TOKENS_PER_S / rate, 3)},
         "actors": [],
     }
-    for actors in ACTORS:
-        found["actors"].append(simulate(actors))
+    for actors, unit_s in RUNS:
+        found["actors"].append(simulate(actors, unit_s))
         print(json.dumps(found["actors"][-1]), flush=True)
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def simulate(actors: int) -> dict[str, Any]:
+def simulate(actors: int, unit_s: int) -> dict[str, Any]:
     """The embed stage over ``UNITS_PER_ACTOR`` units for each of so many encoders."""
-    count = actors * UNITS_PER_ACTOR
-    units = [EmbedUnit(name=sha256(f"{actors} {number}".encode())[:20], picks=(), passages=PASSAGES) for number in range(count)]
+    count, passages = actors * UNITS_PER_ACTOR, PASSAGES_PER_S * unit_s
+    units = [EmbedUnit(name=sha256(f"{actors} {number}".encode())[:20], picks=(), passages=passages) for number in range(count)]
     with tempfile.TemporaryDirectory(prefix="vm", dir="/tmp") as folder:
         compute = {"encoders": actors, "cpus_per_encoder": 1}
         config = make_config(f"{folder}/root", f"{folder}/corpus", compute=compute, store={"embeddings": f"{folder}/store"})
         Path(folder, "store").mkdir()
         ray.init(
-            address="local", num_cpus=2, include_dashboard=False, object_store_memory=1 << 30, log_to_driver=False,
+            address="local", num_cpus=RAY_CPUS, include_dashboard=False, object_store_memory=4 << 30, log_to_driver=False,
             _temp_dir=f"{folder}/ray",
         )  # fmt: skip
         try:
@@ -129,14 +133,14 @@ def simulate(actors: int) -> dict[str, Any]:
             job = plan_job(config, on_gpu=False)
             with cpu_seconds() as used:
                 began = time.time()
-                records = embed._run(job, _Cluster(1, 2, 0.0, 2), units, count * PASSAGES)
+                records = embed._run(job, _Cluster(1, 2, 0.0, 2), units, count * passages)
                 wall = time.time() - began
         finally:
             ray.shutdown()
         spilled = spilled_bytes(Path(folder, "ray"))
         assert len(records) == count
         spans = [json.loads(line) for file in Path(folder, "store").glob("*.log") for line in file.read_text().splitlines()]
-    counts = {"actors": actors, "units": count, "spilled_bytes": spilled}
+    counts = {"actors": actors, "unit_s": unit_s, "units": count, "spilled_bytes": spilled}
     return counts | {"wall_s": round(wall, 1), "cpu_s": round(used[0], 1)} | told(spans, actors)
 
 
