@@ -2,8 +2,8 @@
 
 ``python tests/benchmarks/simulated.py``. The stage is the pipeline's own (``embed._run``), and so are Ray Data, the shards and
 their records; simulated are the texts, which come tokenized, and the arithmetic: an encoder sleeps for the tokens of a unit,
-and then has vectors. No torch is imported. A GPU's unit of 32,768 passages is a minute of such an encoder; here units are 8
-seconds, and 2 in a last run, which shows what saturates first. Efficiency is the share of the time of all encoders in which
+and then has vectors. No torch is imported. A GPU's unit of 32,768 passages is a minute of such an encoder; here units are
+16 seconds, and 2 in a last run, which shows what saturates first. Efficiency is the share of the time of all encoders in which
 they encode, from the first unit of the last one that started to the end of the last unit, the end where some are idle
 included. How many cores must tokenize to feed a GPU is told apart, from the rate of one core on real texts.
 """
@@ -42,12 +42,11 @@ from tests.benchmarks.machine import machine
 from tests.benchmarks.processes import cpu_seconds, spilled_bytes
 from tests.conftest import make_config
 
-RUNS = ((64, 8), (8, 8), (1, 8), (64, 2))
-"""How many encoders, and for how many seconds each has work in one unit."""
-UNITS_PER_ACTOR = 30
+RUNS = ((64, 16, 24), (8, 16, 12), (1, 16, 12), (64, 2, 12))
+"""How many encoders, for how many seconds each has work in one unit, and how many units there are for each."""
 TOKENS_PER_S = 100_000
 """Of a simulated GPU."""
-PASSAGE_TOKENS = 200
+PASSAGE_TOKENS = 400
 PASSAGES_PER_S = TOKENS_PER_S // PASSAGE_TOKENS
 DIM = 384
 RAY_CPUS = 8
@@ -64,7 +63,7 @@ class SleepingEncoder:
         self.spec = spec
         self._log = log
         self._vectors = np.tile(
-            np.eye(DIM, dtype=np.float32), (-(-PASSAGES_PER_S * max(unit_s for _, unit_s in RUNS) // DIM), 1)
+            np.eye(DIM, dtype=np.float32), (-(-PASSAGES_PER_S * max(unit_s for _, unit_s, _ in RUNS) // DIM), 1)
         )
 
     def encode_tokens(self, tokens: Any, *, prompt: str, windows: Any) -> Encoded:
@@ -110,15 +109,15 @@ def main() -> None:
         "tokenizer": {"tokens_per_s_per_core": rate, "cores_per_gpu": round(TOKENS_PER_S / rate, 3)},
         "actors": [],
     }
-    for actors, unit_s in RUNS:
-        found["actors"].append(simulate(actors, unit_s))
+    for run in RUNS:
+        found["actors"].append(simulate(*run))
         print(json.dumps(found["actors"][-1]), flush=True)
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def simulate(actors: int, unit_s: int) -> dict[str, Any]:
-    """The embed stage over ``UNITS_PER_ACTOR`` units for each of so many encoders."""
-    count, passages = actors * UNITS_PER_ACTOR, PASSAGES_PER_S * unit_s
+def simulate(actors: int, unit_s: int, units_each: int) -> dict[str, Any]:
+    """The embed stage over as many units for each of so many encoders."""
+    count, passages = actors * units_each, PASSAGES_PER_S * unit_s
     units = [EmbedUnit(name=sha256(f"{actors} {number}".encode())[:20], picks=(), passages=passages) for number in range(count)]
     with tempfile.TemporaryDirectory(prefix="vm", dir="/tmp") as folder:
         compute = {"encoders": actors, "cpus_per_encoder": 1}
@@ -126,7 +125,7 @@ def simulate(actors: int, unit_s: int) -> dict[str, Any]:
         Path(folder, "store").mkdir()
         ray.init(
             address="local", num_cpus=RAY_CPUS, include_dashboard=False, object_store_memory=4 << 30, log_to_driver=False,
-            _temp_dir=f"{folder}/ray",
+            _temp_dir=f"{folder}/ray", _system_config={"enable_metrics_collection": False},
         )  # fmt: skip
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
