@@ -4,7 +4,7 @@
 model, by which all sizes are encoded, so that what is measured is the pipeline and not a model; ``minilm 10000`` adds a size
 by MiniLM. Each run is the command over JSON lines in files of 25,000 documents, on local files. Exponents are of wall time
 above that of the same command over ten documents. Memory is that of a process without mapped files (RssAnon), the most that a
-sample saw. Requests are those of a root on SeaweedFS, counted by a proxy before it.
+sample saw. Requests are those of a root on SeaweedFS, counted by a proxy before it. scale.svg is the README's plot of it.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from tests.faults.proxy import faults_before
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 COUNTED = (10_000, 100_000)
 """Sizes whose requests to an object store are counted."""
-START_UP = 10
+START_UP, FROM = 10, 30_000
 FILE_DOCUMENTS = 25_000
 
 
@@ -60,7 +60,11 @@ def main() -> None:
         exponents([run for run in found["runs"] if run["model"] == model], found["start_up"][model])
     found["requests"] = [requests(folder / "scale", texts[:size], encoders["static"]) for size in COUNTED]
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["requests"]))
+    draw(
+        [run for run in found["runs"] if run["model"] == "static"],
+        found["start_up"]["static"],
+        Path(__file__).with_suffix(".svg"),
+    )
 
 
 def measure(home: Path, texts: list[str], encoder: dict[str, str]) -> dict[str, Any]:
@@ -131,10 +135,45 @@ def reindex(config: Path) -> tuple[dict[str, Any], float, dict[str, int]]:
 
 
 def exponents(runs: list[dict[str, Any]], start_up: float) -> None:
-    """Each run's growth of wall time over the one before, as an exponent of passages, both above start-up."""
-    for before, run in pairwise(runs):
+    """Growth of wall time as an exponent of passages, above start-up: over the run before, and from ``FROM`` passages on."""
+
+    def between(before: dict[str, Any], run: dict[str, Any]) -> float:
         times = [max(each["wall_s"] - start_up, 0.1) for each in (before, run)]
-        run["exponent"] = round(math.log(times[1] / times[0]) / math.log(run["passages"] / before["passages"]), 2)
+        return round(math.log(times[1] / times[0]) / math.log(run["passages"] / before["passages"]), 3)
+
+    for before, run in pairwise(runs):
+        run["exponent"] = between(before, run)
+        if before["documents"] == FROM:
+            first = before
+        if before["documents"] >= FROM:
+            run["exponent_from_30000"] = between(first, run)
+
+
+def draw(runs: list[dict[str, Any]], start_up: float, file: Path) -> None:
+    """Time of the whole and of each stage beside a line of exponent 1, and memory, over passages."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sizes = [run["passages"] for run in runs]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vecmill", "font.size": 9}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        time_axes, memory_axes = figure.subplots(1, 2)
+        whole = [run["wall_s"] - start_up for run in runs]
+        time_axes.plot(sizes, whole, marker="o", color="black", label="whole command")
+        for stage in dict.fromkeys(stage for run in runs for stage in run["stages_s"]):
+            time_axes.plot(sizes, [run["stages_s"].get(stage, math.nan) for run in runs], marker=".", label=stage)
+        line = [whole[-1] * size / sizes[-1] for size in sizes]
+        time_axes.plot(sizes, line, color="grey", linestyle=":", label="exponent 1")
+        time_axes.set(xscale="log", yscale="log", xlabel="passages", ylabel="seconds; the whole above start-up")
+        for name in ("driver", "worker"):
+            memory_axes.plot(
+                sizes, [run[f"{name}_bytes"] / 1e6 for run in runs], marker="o", label=f"{name}, the most of one process"
+            )
+        memory_axes.set(xscale="log", ylim=(0, None), xlabel="passages", ylabel="MB of its own")
+        for axes in (time_axes, memory_axes):
+            axes.grid(linewidth=0.3)
+            axes.legend(frameon=False, fontsize=8)
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
