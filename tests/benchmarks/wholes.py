@@ -27,7 +27,6 @@ import faiss
 import numpy as np
 
 from pipeline.ann.recall import exact_search
-from pipeline.ann.vectors import to_float32
 from pipeline.client import open_root
 from pipeline.config_file import load_config
 from pipeline.encoding.model import find_model
@@ -130,7 +129,7 @@ def recall_of(home: Path) -> float:
     if (home / "vecmill.yaml").exists():
         artifact = open_root(load_config(home / "vecmill.yaml"))
         collection = artifact.opened.partition.collection
-        vectors = to_float32(collection.vectors[:])
+        vectors = collection.vectors.astype(np.float32)
         queries = vectors[rng.choice(len(vectors), QUERIES, replace=False)]
         point = artifact.opened.searcher.point
         found = collection.search(queries, K, nprobe=point.nprobe, rescoring=point.rescore)[1]
