@@ -1,12 +1,15 @@
 """The same with the multi-process pool of sentence-transformers: CORPUS OUT MODEL."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import faiss
 import numpy as np
 from sentence_transformers import SentenceTransformer
+
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if __name__ == "__main__":
     corpus, out, model = sys.argv[1:]
