@@ -25,7 +25,7 @@ class Embedder:
 
 ray.init(num_cpus=2, include_dashboard=False)
 rows = ray.data.read_json(corpus, file_extensions=["jsonl"], override_num_blocks=16)
-rows = rows.map_batches(Embedder, batch_size=512, concurrency=2, num_cpus=0.75)
+rows = rows.map_batches(Embedder, batch_size=512, concurrency=2, num_cpus=0.5)
 rows.write_parquet(f"{out}/parquet", mode="overwrite")
 table = pq.read_table(f"{out}/parquet")
 vectors = np.array(table["embedding"].to_pylist(), dtype=np.float32)
