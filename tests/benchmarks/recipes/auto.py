@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
 from autofaiss import build_index
 from sentence_transformers import SentenceTransformer
@@ -14,12 +15,14 @@ if __name__ == "__main__":
     encoder = SentenceTransformer(model)
     vectors = encoder.encode([row["text"] for row in rows], batch_size=32, normalize_embeddings=True)
     np.save(f"{out}/vectors.npy", vectors)
-    build_index(
-        embeddings=vectors,
-        index_path=f"{out}/index.faiss",
-        index_infos_path=f"{out}/infos.json",
+    matrix = faiss.OPQMatrix
+    faiss.OPQMatrix = lambda d, **m_and_d2: matrix(d, *m_and_d2.values())  # autofaiss 2.18 names what FAISS 1.15 does not
+    index, _ = build_index(
+        vectors,
+        save_on_disk=False,
+        metric_type="ip",
         max_index_memory_usage=f"{len(vectors) * 64 // 1000}KB",
         current_memory_available="4G",
-        metric_type="ip",
     )
+    faiss.write_index(index, f"{out}/index.faiss")
     Path(f"{out}/ids.json").write_text(json.dumps([row["id"] for row in rows]))
