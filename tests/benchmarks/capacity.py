@@ -19,7 +19,8 @@ sys.path.insert(0, str(HOME))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.ann.index_plan import choose, is_coded
+from pipeline.ann.index_plan import ID_BYTES, choose, code_bytes, is_coded
+from pipeline.artifacts.merging import part_sizes
 from pipeline.config_what import IndexConfig
 from pipeline.embed import anti_join
 from pipeline.embed.embeddings import MAX_UNIT_PASSAGES
@@ -27,8 +28,9 @@ from pipeline.ingest.snapshot import Part
 from pipeline.operations.forecast import PASSAGE_BYTES, Ahead, sizes
 from pipeline.root import layout
 from pipeline.root.manifest import DataFile, Record
-from pipeline.root.shards import KEY_BYTES, KEY_DTYPE, fixed_binary, parquet_bytes
+from pipeline.root.shards import KEY_BYTES, KEY_DTYPE, ROW_GROUP_ROWS, fixed_binary, parquet_bytes
 from pipeline.root.storage import Storage
+from pipeline.search.document_files import FILE_ROWS
 from tests.benchmarks.machine import machine
 from tests.benchmarks.simulated import TOKENS_PER_S
 from tests.conftest import make_config
@@ -61,7 +63,9 @@ def main() -> None:
         "training sample": 4 * DIM * plan.train_vectors,
         "merge, a passage": PASSAGE_BYTES,
         "merge, passages": PASSAGE_BYTES * PASSAGES,
+        "merge, a row group of every embedding shard": shards() * ROW_GROUP_ROWS * (2 * DIM + KEY_BYTES),
     }
+    found["files"] = files(plan)
     found["hours"] = hours(measured, plan, found["bytes"], join)
     found["requests"] = requests(measured["scale"])
     found["usd"] = {
@@ -75,13 +79,29 @@ def main() -> None:
 def encode(simulated: dict[str, Any]) -> dict[str, float]:
     tokens = PASSAGES * ASSUMED["tokens_per_passage"]
     gpu_hours = tokens / ASSUMED["tokens_per_s_per_gpu"] / 3600
-    many, core = simulated["actors"][-1], simulated["tokenizer"]["tokens_per_s_per_core"]
+    core = simulated["tokenizer"]["tokens_per_s_per_core"]
+    many = max(simulated["actors"], key=lambda run: (int(run["actors"]), int(run["unit_s"])))
     return {
         "gpu_hours": round(gpu_hours, 1),
         "efficiency": many["efficiency"],
         "hours": round(gpu_hours / ASSUMED["gpus"] / many["efficiency"], 2),
         "tokenizer_cores": round(ASSUMED["gpus"] * ASSUMED["tokens_per_s_per_gpu"] / core, 1),
-        "shards": -(-PASSAGES // MAX_UNIT_PASSAGES["gpu"]),
+    }
+
+
+def shards() -> int:
+    """Embedding shards, as large as a GPU makes them."""
+    return -(-PASSAGES // MAX_UNIT_PASSAGES["gpu"])
+
+
+def files(plan: Any) -> dict[str, int]:
+    """What there is to open, with the default of ``compute.merge_memory``."""
+    entry_bytes, trained_bytes = code_bytes(plan.kind, DIM, plan.m, plan.nbits) + ID_BYTES, 4 * DIM * plan.nlist
+    config = make_config("/nowhere/root", "/nowhere/corpus")
+    return {
+        "embedding shards": shards(),
+        "index files": len(part_sizes(config, PASSAGES, entry_bytes, trained_bytes)),
+        "document files": -(-PASSAGES // FILE_ROWS),
     }
 
 
@@ -111,13 +131,12 @@ def hours(measured: dict[str, Any], plan: Any, size: dict[str, int], join: dict[
 def requests(scale: dict[str, Any]) -> dict[str, float]:
     """Requests by what an embedding shard adds to them, from two measured sizes."""
     few, many = scale["requests"]
-    shards = -(-PASSAGES // MAX_UNIT_PASSAGES["gpu"])
     more = {kind: many["first"].get(kind, 0) - few["first"].get(kind, 0) for kind in ("PUT", "GET", "HEAD")}
     each = {kind: count / (many["shards"] - few["shards"]) for kind, count in more.items()}
     return {
         "per shard": round(sum(each.values()), 1),
-        "put": round(each["PUT"] * shards),
-        "get": round((each["GET"] + each["HEAD"]) * shards),
+        "put": round(each["PUT"] * shards()),
+        "get": round((each["GET"] + each["HEAD"]) * shards()),
     }
 
 

@@ -35,7 +35,7 @@ from tests.benchmarks.processes import watched
 from tests.conftest import MINILM, write_jsonl
 from tests.faults.sessions import end_session
 
-DOCUMENTS, FILES, QUERIES, K = 10_000, 8, 500, 10
+DOCUMENTS, FILES, QUERIES, K = 6_000, 8, 500, 10
 RECIPES = Path(__file__).parent / "recipes"
 PEERS = {
     "sentence-transformers and FAISS": "script.py",

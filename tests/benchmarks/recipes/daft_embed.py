@@ -17,7 +17,7 @@ rows.write_parquet(f"{out}/parquet", write_mode="overwrite")
 table = pq.read_table(f"{out}/parquet")
 vectors = np.array(table["embedding"].to_pylist(), dtype=np.float32)
 faiss.normalize_L2(vectors)
-index = faiss.index_factory(vectors.shape[1], "IVF512,PQ48", faiss.METRIC_INNER_PRODUCT)
+index = faiss.index_factory(vectors.shape[1], "IVF256,PQ48", faiss.METRIC_INNER_PRODUCT)
 index.do_polysemous_training = False
 index.train(vectors)
 index.add(vectors)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     texts = [row["text"] for row in rows]
     vectors = encoder.encode(texts, pool=pool, batch_size=32, chunk_size=1000, normalize_embeddings=True)
     encoder.stop_multi_process_pool(pool)
-    index = faiss.index_factory(vectors.shape[1], "IVF512,PQ48", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(vectors.shape[1], "IVF256,PQ48", faiss.METRIC_INNER_PRODUCT)
     index.do_polysemous_training = False
     index.train(vectors)
     index.add(vectors)

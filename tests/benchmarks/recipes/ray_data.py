@@ -29,7 +29,7 @@ rows = rows.map_batches(Embedder, batch_size=512, concurrency=2, num_cpus=0.5)
 rows.write_parquet(f"{out}/parquet", mode="overwrite")
 table = pq.read_table(f"{out}/parquet")
 vectors = np.array(table["embedding"].to_pylist(), dtype=np.float32)
-index = faiss.index_factory(vectors.shape[1], "IVF512,PQ48", faiss.METRIC_INNER_PRODUCT)
+index = faiss.index_factory(vectors.shape[1], "IVF256,PQ48", faiss.METRIC_INNER_PRODUCT)
 index.do_polysemous_training = False
 index.train(vectors)
 index.add(vectors)

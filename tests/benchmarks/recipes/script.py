@@ -12,7 +12,7 @@ corpus, out, model = sys.argv[1:]
 rows = [json.loads(line) for file in sorted(Path(corpus).glob("*.jsonl")) for line in file.open()]
 encoder = SentenceTransformer(model)
 vectors = encoder.encode([row["text"] for row in rows], batch_size=32, normalize_embeddings=True)
-index = faiss.index_factory(vectors.shape[1], "IVF512,PQ48", faiss.METRIC_INNER_PRODUCT)
+index = faiss.index_factory(vectors.shape[1], "IVF256,PQ48", faiss.METRIC_INNER_PRODUCT)
 index.do_polysemous_training = False
 index.train(vectors)
 index.add(vectors)
