@@ -39,6 +39,7 @@ PASSAGES, DIM = 1_000_000_000, 1024
 ASSUMED: dict[str, float] = {
     "gpus": 64, "tokens_per_s_per_gpu": TOKENS_PER_S, "tokens_per_passage": 150, "text_bytes_per_passage": 400,
     "cores_beside_each_gpu": 8, "usd_per_gpu_hour": 2.5, "usd_per_1000_puts": 0.005, "usd_per_1000_gets": 0.0004,
+    "usd_per_gb_month": 0.023,
 }  # fmt: skip
 JOINED, FILES, RANGES = 2_000_000, 64, 16
 """Keys of a snapshot and as many of a store, half of them shared; files as large as the pipeline makes them, on this disk."""
@@ -71,6 +72,9 @@ def main() -> None:
     found["usd"] = {
         "encoding": round(found["encode"]["gpu_hours"] * ASSUMED["usd_per_gpu_hour"]),
         "requests": round(sum(found["requests"][kind] * ASSUMED[f"usd_per_1000_{kind}s"] / 1000 for kind in ("put", "get")), 2),
+        "storage, a month": round(
+            (found["bytes"]["embedding_bytes"] + found["bytes"]["artifact_bytes"]) / 1e9 * ASSUMED["usd_per_gb_month"]
+        ),
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
