@@ -164,15 +164,17 @@ def draw(runs: list[dict[str, Any]], start_up: float, file: Path) -> None:
             time_axes.plot(sizes, [run["stages_s"].get(stage, math.nan) for run in runs], marker=".", label=stage)
         line = [whole[-1] * size / sizes[-1] for size in sizes]
         time_axes.plot(sizes, line, color="grey", linestyle=":", label="exponent 1")
-        time_axes.set(xscale="log", yscale="log", xlabel="passages", ylabel="seconds; the whole above start-up")
+        time_axes.set(
+            xscale="log", yscale="log", ylim=(0.5, 2500), xlabel="passages", ylabel="seconds; the whole above start-up"
+        )
         for name in ("driver", "worker"):
             memory_axes.plot(
-                sizes, [run[f"{name}_bytes"] / 1e6 for run in runs], marker="o", label=f"{name}, the most of one process"
+                sizes, [run[f"{name}_bytes"] / 1e6 for run in runs], marker="o", label=f"{name}, most of one process"
             )
         memory_axes.set(xscale="log", ylim=(0, None), xlabel="passages", ylabel="MB of its own")
-        for axes in (time_axes, memory_axes):
+        for axes, columns in ((time_axes, 2), (memory_axes, 1)):
             axes.grid(linewidth=0.3)
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=columns)
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
