@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,11 +31,12 @@ from pipeline.artifacts.live import open_live
 from pipeline.artifacts.publish import live_artifact
 from pipeline.client import Artifact
 from pipeline.config import Config
+from pipeline.config_file import parse_config
 from pipeline.errors import ConfigError
 from pipeline.operations import upkeep
 from pipeline.root.storage import Storage
 from pipeline.run import reindex
-from tests.conftest import TOPICS, S3Server, make_config, save_first_layer, seaweed, write_jsonl
+from tests.conftest import TOPICS, S3Server, save_first_layer, seaweed, write_jsonl
 from tests.faults.proxy import FaultProxy, faults_before
 from tests.faults.sessions import alive_of, end_session
 
@@ -62,13 +64,18 @@ class Soak:
         self.numbers = 0
         save_first_layer(folder / "model")
 
-    def config(self, name: str = "soak", *, broken: bool = False) -> Config:
+    def settings(self, name: str = "soak", *, broken: bool = False) -> dict[str, Any]:
+        """What a config file says; a config told again would hide the keys of the store."""
         s3 = self.server.store["s3"] | ({"endpoint_url": self.proxy.endpoint} if broken else {})
-        return make_config(
-            f"s3://test/{name}", self.folder / "corpus", store={"s3": s3}, encoder={"model": str(self.folder / "model")},
-            index={"kind": "ivfpq", "nlist": 8, "m": 32, "lexical": True}, publish={"max_shrink": 1, "min_recall": 0.5},
-            compute={"lease_ttl_s": TTL_S, "unit_passages": 64},
-        )  # fmt: skip
+        return {
+            "root": f"s3://test/{name}", "corpus": {"uri": str(self.folder / "corpus")}, "store": {"s3": s3},
+            "encoder": {"model": str(self.folder / "model")}, "publish": {"max_shrink": 1, "min_recall": 0.5},
+            "index": {"kind": "ivfpq", "nlist": 8, "m": 32, "lexical": True},
+            "compute": {"lease_ttl_s": TTL_S, "unit_passages": 64},
+        }  # fmt: skip
+
+    def config(self, name: str = "soak") -> Config:
+        return parse_config(self.settings(name))
 
     def change(self) -> None:
         """Some documents come, change or go, and all files are written anew."""
@@ -86,7 +93,7 @@ class Soak:
 
     def start(self, *, broken: bool = False) -> subprocess.Popen[bytes]:
         file = self.folder / "config.json"
-        file.write_text(json.dumps(self.config(broken=broken).model_dump(mode="json", exclude_unset=True)))
+        file.write_text(json.dumps(self.settings(broken=broken)))
         command = [sys.executable, "-m", "jobs", "reindex", "-q", "-c", str(file)]
         with (self.folder / "log").open("ab") as log:
             return subprocess.Popen(command, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
