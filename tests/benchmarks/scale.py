@@ -143,10 +143,9 @@ def exponents(runs: list[dict[str, Any]], start_up: float) -> None:
 
     for before, run in pairwise(runs):
         run["exponent"] = between(before, run)
-        if before["documents"] == FROM:
-            first = before
-        if before["documents"] >= FROM:
-            run["exponent_from_30000"] = between(first, run)
+    large = [run for run in runs if run["documents"] >= FROM]
+    for run in large[1:]:
+        run["exponent_from_30000"] = between(large[0], run)
 
 
 def draw(runs: list[dict[str, Any]], start_up: float, file: Path) -> None:

@@ -62,9 +62,8 @@ class SleepingEncoder:
     def __init__(self, spec: Any, log: Path) -> None:
         self.spec = spec
         self._log = log
-        self._vectors = np.tile(
-            np.eye(DIM, dtype=np.float32), (-(-PASSAGES_PER_S * max(unit_s for _, unit_s, _ in RUNS) // DIM), 1)
-        )
+        most = PASSAGES_PER_S * max(unit_s for _, unit_s, _ in RUNS)
+        self._vectors = np.eye(DIM, dtype=np.float32)[np.arange(most) % DIM]
 
     def encode_tokens(self, tokens: Any, *, prompt: str, windows: Any) -> Encoded:
         """A vector for each text."""

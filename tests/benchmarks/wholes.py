@@ -26,6 +26,7 @@ sys.path.insert(0, str(HOME))
 import faiss
 import numpy as np
 
+from pipeline.ann.vectors import to_float32
 from pipeline.client import open_root
 from pipeline.config_file import load_config
 from pipeline.encoding.model import find_model
@@ -128,7 +129,7 @@ def recall_of(home: Path) -> float:
     if (home / "vecmill.yaml").exists():
         artifact = open_root(load_config(home / "vecmill.yaml"))
         collection = artifact.opened.partition.collection
-        vectors = collection.vectors.astype(np.float32)
+        vectors = to_float32(collection.vectors)
         queries = vectors[rng.choice(len(vectors), QUERIES, replace=False)]
         point = artifact.opened.searcher.point
         found = collection.search(queries, K, nprobe=point.nprobe, rescoring=point.rescore)[1]
