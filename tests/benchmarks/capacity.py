@@ -66,7 +66,6 @@ def main() -> None:
         "training sample": 4 * DIM * plan.train_vectors,
         "merge, a passage": PASSAGE_BYTES,
         "merge, passages": PASSAGE_BYTES * PASSAGES,
-        "merge, all of it": found["bytes"]["merge_memory_bytes"],
     }
     found["files"] = files(config, plan)
     found["hours"] = hours(measured, plan, found["bytes"], join)
