@@ -2,7 +2,7 @@
 
 ``python tests/benchmarks/simulated.py``. The stage is the pipeline's own (``embed._run``), and so are Ray Data, the shards and
 their records; simulated are the texts, which come tokenized, and the arithmetic: an encoder sleeps for the tokens of a unit,
-and then has vectors. No torch is imported. A GPU's unit of 32,768 passages is a minute of such an encoder; here units are
+and then has vectors. No torch is imported. A GPU's unit of 32,768 passages is two minutes of such an encoder; here units are
 16 seconds, and 2 in a last run, which shows what saturates first. Efficiency is the share of the time of all encoders in which
 they encode, from the first unit of the last one that started to the end of the last unit, the end where some are idle
 included. How many cores must tokenize to feed a GPU is told apart, from the rate of one core on real texts.
