@@ -20,7 +20,7 @@ from pipeline.encoding.calibration import calibrate
 from pipeline.encoding.model import EncoderSpec, find_model, resolve_spec
 from pipeline.encoding.numerics import on_gpu, resolve_backend, resolve_here
 from pipeline.encoding.tokenizer import TextTokenizer
-from pipeline.encoding.torch_engine import device_name, load_plain
+from pipeline.encoding.torch_engine import device_name, load_plain, plainly
 from pipeline.errors import ConfigError, VecmillError
 
 SHORTEST_TOKENS, LONGEST_TOKENS = 5, 500
@@ -138,10 +138,10 @@ def _baselines(spec: EncoderSpec, texts: Sequence[str]) -> dict[str, Callable[[]
     precision = "bf16" if spec.precision == "int8" else spec.precision
     default, best = load_plain(spec, folder, "fp32"), load_plain(spec, folder, precision)
     for model in (default, best):
-        model.encode(list(texts[: len(texts) // 4]))  # warm, as ours is
+        plainly(model, texts[: len(texts) // 4])  # warm, as ours is
     batches = {f"sentence-transformers {precision}, batch {size}": size for size in BASELINE_BATCHES}
-    found = {name: partial(best.encode, list(texts), batch_size=size) for name, size in batches.items()}
-    return {"sentence-transformers fp32, defaults": partial(default.encode, list(texts)), **found}
+    found = {name: partial(plainly, best, texts, batch_size=size) for name, size in batches.items()}
+    return {"sentence-transformers fp32, defaults": partial(plainly, default, texts), **found}
 
 
 def _compare(seconds: dict[str, float], results: dict[str, Any], tokens: int, ours: Vectors) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Weights run in the precision of the spec without autocast; pooling and normalisa
 a batch is sent while the last one is computed, and vectors are fetched once per call, so that the GPU never waits.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -20,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from pipeline.encoding import packed
 from pipeline.encoding.batching import Lengths, Tokens, Vectors, pad, run_within
 from pipeline.encoding.model import EncoderSpec, ModelFolder
 from pipeline.encoding.traced import Whole, quantize_linear
@@ -33,6 +34,9 @@ GPU_WIDTH_MULTIPLE = 8
 """Tensor cores take matrices whose sides are multiples of 8."""
 GEMM_SIDE = {"cpu": 1536, "cuda": 8192}
 GEMM_SECONDS = 0.15
+PACKED_PROBE = "Texts have the same vectors, with padding and without."
+LONGEST_PROBE = 2048
+MIN_PACKED_COSINE = 0.999
 
 
 class TorchEngine:
@@ -51,15 +55,16 @@ class TorchEngine:
         self._precision = precision
         self._device = device()
         self._dim = spec.dim
-        flash = self.on_gpu and precision != "fp32" and is_flash_attn_2_available()
-        self._model = load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code, flash=flash)
+        self._model = load(str(folder.path), self._device, trust_remote_code=spec.trust_remote_code)
         self._static = folder.is_static
         if not self._static:
             self._model.max_seq_length = spec.max_tokens
         self.pad_id = 0 if self._static else int(self._model.tokenizer.pad_token_id or 0)
         self._parts = list(self._model.children())
         lower(self._parts[0], DTYPES[precision])
-        self._packs = getattr(self._parts[0], "can_flatten_inputs", False)
+        self._packs = False
+        if not self._static and packed.is_possible(self._device, precision):
+            self._pack(spec.max_tokens)
 
     def token_ids(self, text: str) -> list[int]:
         """What sentence-transformers makes of a text."""
@@ -126,6 +131,23 @@ class TorchEngine:
         ids, mask = pad(example, self.pad_id)
         return Whole(self._parts, self._dim), (torch.from_numpy(ids), torch.from_numpy(mask))
 
+    def _pack(self, max_tokens: int) -> None:
+        """From here on put no padding between texts, where that changes no vector."""
+        first, ids = self._parts[0], self.token_ids(PACKED_PROBE)
+        probe = [np.resize(ids, length) for length in (min(max_tokens, LONGEST_PROBE), len(ids), 3)]
+        attention = first.model.config._attn_implementation
+        with torch.inference_mode():
+            padded = self._forward(probe, 0)
+            self._packs = packed.switch(first)
+            if self._packs:
+                self._offset = packed.position_offset(first)
+                with contextlib.suppress(RuntimeError, TypeError, ValueError):  # the kernel, or torch, has no such attention
+                    cosine = (self._forward(probe, 0) * padded).sum(dim=1)
+                    if bool((cosine >= MIN_PACKED_COSINE).all()):
+                        return
+                self._packs = False
+                first.model.set_attn_implementation(attention)
+
     def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
         shape = self._flat if self._static else self._packed if self._packs else self._rectangle
         features = shape(batch)
@@ -142,21 +164,8 @@ class TorchEngine:
         return {"input_ids": self._send(ids), "attention_mask": self._send(mask)}
 
     def _packed(self, batch: Sequence[Tokens]) -> dict[str, Any]:
-        """One row of all texts without padding, with their borders as flash attention takes them."""
-        lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
-        borders = np.concatenate([[0], np.cumsum(lengths)])
-        positions = np.arange(borders[-1]) - np.repeat(borders[:-1], lengths) + self._parts[0]._flatten_position_offset
-        cumulative = self._send(borders.astype(np.int32))
-        longest = int(lengths.max())
-        return {
-            "input_ids": self._send(np.concatenate(batch).astype(np.int64)[None]),
-            "position_ids": self._send(positions[None]),
-            "seq_idx": self._send(np.repeat(np.arange(len(batch), dtype=np.int32), lengths)[None]),
-            "cu_seq_lens_q": cumulative,
-            "cu_seq_lens_k": cumulative,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        named, longest = packed.features(batch, self._offset)
+        return {name: self._send(values) for name, values in named.items()} | {packed.LONGEST: longest}
 
     def _flat(self, batch: Sequence[Tokens]) -> dict[str, Any]:
         starts = np.cumsum([0, *(len(tokens) for tokens in batch[:-1])], dtype=np.int64)
@@ -261,16 +270,24 @@ def load_plain(spec: EncoderSpec, folder: ModelFolder, precision: str) -> Any:
     return model
 
 
-def load(
-    path: str, device: torch.device, *, trust_remote_code: bool, flash: bool = False, kind: Any = SentenceTransformer
-) -> Any:
-    """A model in FP32, with flash attention where the model supports it, else with what it prefers (SDPA).
+def plainly(model: Any, texts: Sequence[str], **settings: Any) -> Any:
+    """What a plain SentenceTransformer's ``encode`` gives, with the attention that torch picks where nobody says otherwise."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        return model.encode(list(texts), **settings)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def load(path: str, device: torch.device, *, trust_remote_code: bool, kind: Any = SentenceTransformer) -> Any:
+    """A model in FP32, with the attention that it prefers; SDPA by torch's own kernels, not by cuDNN (see ``packed``).
 
     ``kind``: its class in sentence-transformers. Raises EncoderError when it cannot be loaded, MemoryError when the GPU has
     no room for it.
     """
     transformers_logging.disable_progress_bar()
-    settings = {"use_safetensors": True} | ({"attn_implementation": "flash_attention_2"} if flash else {})
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    settings = {"use_safetensors": True}
     try:
         model = kind(
             path, device=str(device), local_files_only=True, trust_remote_code=trust_remote_code, model_kwargs=settings
@@ -278,7 +295,5 @@ def load(
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"{path}: no room on the GPU") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        if flash:
-            return load(path, device, trust_remote_code=trust_remote_code, kind=kind)
         raise EncoderError(f"{path}: cannot be loaded, {' '.join(str(error).split())}; check the model folder") from error
     return model.eval()

@@ -33,6 +33,21 @@ def test_vectors_are_those_of_fp32(model, precision):
     assert cosine.min() >= 0.999
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="an older GPU")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_texts_are_packed_without_padding(model, precision):
+    encoder = Encoder(resolve_spec(model=model, precision=precision)[0])
+    tokens = encoder.tokenizer(synthetic_texts(encoder.tokenizer, 500))
+    packed = encoder.encode_tokens(tokens)
+    assert packed.padded_tokens == packed.tokens
+    encoder._engine._packs = False
+    padded = encoder.encode_tokens(tokens)
+    assert padded.padded_tokens > padded.tokens
+    cosine = (packed.vectors * padded.vectors).sum(axis=1)
+    assert cosine.mean() >= 0.9999
+    assert cosine.min() >= 0.999
+
+
 def test_out_of_memory_halves_the_budget_and_loses_nothing(model):
     encoder = Encoder(resolve_spec(model=model, precision="fp16")[0], batch_tokens=1 << 30)
     texts = synthetic_texts(encoder.tokenizer, 20_000)
