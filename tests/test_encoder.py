@@ -311,7 +311,7 @@ def test_query_model_encodes_the_queries(tmp_path, minilm):
 
 
 def test_texts_are_packed_as_sentence_transformers_packs_them(minilm):
-    """For flash attention, which needs a GPU; what it is given can be compared anywhere."""
+    """The kernel needs a GPU; what it is given can be compared anywhere."""
     encoder = Encoder(minilm[0])
     engine, first = encoder._engine, encoder._engine._model[0]
     first.data_collator = DataCollatorWithFlattening(

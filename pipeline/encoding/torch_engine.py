@@ -62,7 +62,7 @@ class TorchEngine:
         self.pad_id = 0 if self._static else int(self._model.tokenizer.pad_token_id or 0)
         self._parts = list(self._model.children())
         lower(self._parts[0], DTYPES[precision])
-        self._packs = False
+        self._packs, self._offset = False, 0
         if not self._static and packed.is_possible(self._device, precision):
             self._pack(spec.max_tokens)
 
@@ -141,6 +141,7 @@ class TorchEngine:
             self._packs = packed.switch(first)
             if self._packs:
                 self._offset = packed.position_offset(first)
+                self._parts.insert(1, packed.Apart())
                 with contextlib.suppress(RuntimeError, TypeError, ValueError):  # the kernel, or torch, has no such attention
                     cosine = (self._forward(probe, 0) * padded).sum(dim=1)
                     if bool((cosine >= MIN_PACKED_COSINE).all()):

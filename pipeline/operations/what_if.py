@@ -1,6 +1,6 @@
 """What encoding would take on a cluster that is not here: an estimate from published figures, always a range.
 
-What an H200 encodes of texts tokenized ahead was measured afterwards and lies inside its ranges (tests/benchmarks/gpu.json).
+What an H100 encodes of texts tokenized ahead was measured afterwards and lies inside its ranges (tests/benchmarks/gpu.json).
 Refuses what it has no figure for. Training and merge are left out: one machine does them.
 """
 
