@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pipeline.ann.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes
 from pipeline.artifacts.key_merge import LIBRARY_BYTES
 from pipeline.config import ComputeConfig, Config
-from pipeline.embed.embeddings import MAX_UNIT_PASSAGES
 from pipeline.root import layout
 from pipeline.root.job import Job
 from pipeline.root.manifest import Document, Record, load, to_bytes
@@ -40,13 +39,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What lies before a run that knows its snapshot: ``to_encode`` of its passages have no vector yet."""
+    """What lies before a run that knows its snapshot: ``to_encode`` of its passages have no vector yet.
+
+    ``unit_passages``: those of an embedding shard.
+    """
 
     passages: int
     tokens: int
     document_bytes: float
     to_encode: int
     encoders: int
+    unit_passages: int
     machine: str | None
 
 
@@ -97,19 +100,16 @@ def sizes(config: Config, plan: IndexPlan, ahead: Ahead, dim: int) -> dict[str, 
         "embedding_bytes": vectors + KEY_BYTES * rows,
         "artifact_bytes": round(vectors + rescored + size + SHOWN_BYTES * ahead.document_bytes + words + metadata),
         "index_bytes": size,
-        "merge_memory_bytes": round(_merge_bytes(plan, rows, dim, config.compute)),
+        "merge_memory_bytes": round(_merge_bytes(plan, ahead, dim, config.compute)),
     }
 
 
-def _merge_bytes(plan: IndexPlan, passages: int, dim: int, compute: ComputeConfig) -> float:
-    """What a merge is expected to take: libraries, a row group of every shard, then an index file in the making.
-
-    Shards as on CPUs; those of GPUs are larger and fewer.
-    """
+def _merge_bytes(plan: IndexPlan, ahead: Ahead, dim: int, compute: ComputeConfig) -> float:
+    """What a merge is expected to take: libraries, a row group of every shard, then an index file in the making."""
+    passages, shard = ahead.passages, ahead.unit_passages
     size = index_bytes(plan, passages, dim)
     copies = PACKED_COPIES if plan.kind in PACKED else PLAIN_COPIES
     part = min(size, (compute.merge_memory - LIBRARY_BYTES) / MERGE_COPIES)
-    shard = compute.unit_passages or MAX_UNIT_PASSAGES["cpu"]
     rows = passages * min(ROW_GROUP_ROWS, shard) / shard
     groups = rows * (2 * dim + KEY_BYTES) + (0 if plan.kind == "flat" else size * rows / max(1, passages))
     return LIBRARY_BYTES + PASSAGE_BYTES * passages + max(groups, copies * part)

@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from pipeline.ann.index_plan import IndexPlan, choose
 from pipeline.artifacts.live import known_files
-from pipeline.embed.embeddings import contexts_of
+from pipeline.embed.embeddings import MAX_UNIT_PASSAGES, contexts_of
 from pipeline.encoding.batching import lengths_of, pack_batches
 from pipeline.encoding.model import EncoderSpec
-from pipeline.encoding.numerics import cpu_threads, machine_name
+from pipeline.encoding.numerics import cpu_threads, machine_name, on_gpu
 from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.errors import ConfigError, DataError
 from pipeline.ingest.corpus import RejectedRow, SourceDocument, read_documents, read_ids
@@ -117,7 +117,8 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float], *, full: bo
         places = np.linspace(0, len(counted.texts) - 1, min(len(counted.texts), CALIBRATION_PASSAGES)).astype(int)
         rate = Rate(calibrate([counted.texts[place] for place in places]), "passages encoded just now")
     plan = choose(job.config.index, counted.distinct, job.spec.dim)
-    ahead = Ahead(counted.distinct, counted.tokens, counted.document_bytes, counted.distinct, 1, None)
+    unit = job.config.compute.unit_passages or MAX_UNIT_PASSAGES["gpu" if on_gpu() else "cpu"]
+    ahead = Ahead(counted.distinct, counted.tokens, counted.document_bytes, counted.distinct, 1, unit, None)
     made = sizes(job.config, plan, ahead, job.spec.dim)
     return Plan(
         files=len(files),

@@ -65,12 +65,13 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
     found = parts(job.storage, snapshot)
     passages = sum(part.rows for part in found)
     pooled_tokens = snapshot.counts["tokens"] if job.spec.window else 0
-    units = _plan(job, found, unit_passages(job.config.compute, cluster, passages, pooled_tokens))
+    most = unit_passages(job.config.compute, cluster, passages, pooled_tokens)
+    units = _plan(job, found, most)
     total = sum(unit.passages for unit in units)
     machine = machine_name(cluster.threads(job.config.compute)) if cluster.nodes == 1 else None
     document_bytes = sum(part.file.size_bytes for part in found)
     encoders = cluster.encoders(job.config.compute)
-    put_forecast(job, Ahead(passages, snapshot.counts["tokens"], document_bytes, total, encoders, machine))
+    put_forecast(job, Ahead(passages, snapshot.counts["tokens"], document_bytes, total, encoders, most, machine))
     job.say(Event("embed", "", 0, total, {}))
     done = _run(job, cluster, units, total) if units else []
     done += _rescue(job, cluster, units, done) if len(done) < len(units) else []

@@ -56,8 +56,8 @@ def main() -> None:
     found["anti_join"] = join = measure_join()
     found["encode"] = encode(measured["simulated"])
     tokens, texts = (PASSAGES * ASSUMED[f"{name}_per_passage"] for name in ("tokens", "text_bytes"))
-    ahead = Ahead(PASSAGES, round(tokens), texts, PASSAGES, round(ASSUMED["gpus"]), None)
-    config = make_config("/nowhere/root", "/nowhere/corpus", compute={"unit_passages": MAX_UNIT_PASSAGES["gpu"]})
+    ahead = Ahead(PASSAGES, round(tokens), texts, PASSAGES, round(ASSUMED["gpus"]), MAX_UNIT_PASSAGES["gpu"], None)
+    config = make_config("/nowhere/root", "/nowhere/corpus")
     found["bytes"] = sizes(config, plan, ahead, DIM)
     found["memory_bytes"] = {
         "anti-join, of keys": round(join["bytes_per_key"] * anti_join.KEYS_AT_ONCE),
