@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sentence_transformers.sentence_transformer.modules import Transformer
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.encoding.batching import Tokens
 
 NAME = "vecmill_packed"
+PADDED = "sdpa"
 BORDERS = "cu_seq_lens_q"
 LONGEST = "max_length_q"
 LEAST_CAPABILITY = (8, 0)
@@ -32,17 +34,21 @@ def is_possible(device: torch.device, precision: str) -> bool:
 
 
 def switch(module: Any) -> bool:
-    """Give the first module of a model this attention; False for an architecture that lets nobody choose.
+    """Give the first module of a model this attention; False for one with another attention than SDPA, or without a choice.
 
-    Padded batches still get what they had, SDPA.
+    Padded batches still get SDPA.
     """
-    model = module.model
-    if not getattr(model, "is_backend_compatible", lambda: False)() or model.config._attn_implementation != "sdpa":
+    if not isinstance(module, Transformer) or module.config._attn_implementation != PADDED:
         return False
-    model.set_attn_implementation(NAME)
+    module.model.set_attn_implementation(NAME)
     if module.model_forward_params is not None:
         module.model_forward_params |= {BORDERS, LONGEST}
-    return bool(model.config._attn_implementation == NAME)
+    return bool(module.config._attn_implementation == NAME)
+
+
+def switch_back(module: Any) -> None:
+    """Undo ``switch``."""
+    module.model.set_attn_implementation(PADDED)
 
 
 def position_offset(module: Any) -> int:

@@ -135,19 +135,18 @@ class TorchEngine:
         """From here on put no padding between texts, where that changes no vector."""
         first, ids = self._parts[0], self.token_ids(PACKED_PROBE)
         probe = [np.resize(ids, length) for length in (min(max_tokens, LONGEST_PROBE), len(ids), 3)]
-        attention = first.model.config._attn_implementation
         with torch.inference_mode():
             padded = self._forward(probe, 0)
             self._packs = packed.switch(first)
             if self._packs:
                 self._offset = packed.position_offset(first)
                 self._parts.insert(1, packed.Apart())
-                with contextlib.suppress(RuntimeError, TypeError, ValueError):  # the kernel, or torch, has no such attention
+                with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError):  # it cannot do that
                     cosine = (self._forward(probe, 0) * padded).sum(dim=1)
                     if bool((cosine >= MIN_PACKED_COSINE).all()):
                         return
                 self._packs = False
-                first.model.set_attn_implementation(attention)
+                packed.switch_back(first)
 
     def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
         shape = self._flat if self._static else self._packed if self._packs else self._rectangle
