@@ -1,22 +1,29 @@
 """Retries of requests to S3, in one layer: throttling, server errors, broken connections and bodies; never a refusal.
 
 botocore does not retry a body that breaks off and s3fs does not retry a 500 by itself, so botocore's own retries are switched
-off and s3fs's, which wrap whole requests with their bodies, decide by what is said here. They wait 0.1 s, then 1.7 times as
-long each time, at most 15 s: about two minutes in all.
+off and the one function of s3fs that wraps whole requests, with their bodies, is the one here. It waits 0.1 s, then 1.7 times
+as long each time, at most 15 s: about two minutes in all.
 """
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 ATTEMPTS = 16
-THROTTLING = ("SlowDown", "Throttling", "RequestLimitExceeded", "reduce your request rate", "TooManyRequests")
+FIRST_WAIT_S, GROWTH, LONGEST_WAIT_S = 0.1, 1.7, 15.0
+PASSING = (
+    "SlowDown", "Throttling", "RequestLimitExceeded", "reduce your request rate", "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
+)  # fmt: skip
+"""In what a server says of a request that it may take a moment later, or that reached it broken."""
 SERVER_ERROR = 500
 TOO_MANY = 429
 BROKEN = (
     "ClientPayloadError", "ServerDisconnectedError", "ServerTimeoutError", "ClientOSError", "ClientConnectorError",
     "ConnectionClosedError", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ResponseStreamingError",
     "IncompleteReadError", "HTTPClientError", "ConnectionError", "ChecksumError", "FlexibleChecksumError",
+    "ResponseParserError",
 )  # fmt: skip
 """Names of exceptions (or of one they inherit from) of a connection or body that broke."""
 
@@ -45,19 +52,30 @@ def taken() -> int:
 
 
 def install() -> dict[str, Any]:
-    """Have s3fs ask ``_should_retry``; returns the options of a file system that leave botocore's own retries off."""
+    """Have s3fs send every request by ``_insist``; returns options of a file system that leave botocore's own retries off."""
     import s3fs.core
 
-    s3fs.core.S3_RETRYABLE_ERRORS = ()
-    s3fs.core.set_custom_error_handler(_should_retry)
+    s3fs.core._error_wrapper = _insist  # its own counts nothing, and asks nobody about some errors
     s3fs.core.S3FileSystem.retries = ATTEMPTS
     return {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 
 
-def _should_retry(error: BaseException) -> bool:
-    again = is_passing(error)
-    add(again)
-    return again
+async def _insist(
+    request: Callable[..., Awaitable[Any]], *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, retries: int
+) -> Any:
+    """What a request gives, made again while ``is_passing`` says so; its last error as an OSError where s3fs has one for it."""
+    from s3fs.errors import translate_boto_error
+
+    for attempt in range(1, retries + 1):
+        try:
+            return await request(*args, **(kwargs or {}))
+        except Exception as error:  # noqa: BLE001 - is_passing decides
+            failed = error
+        if attempt == retries or not is_passing(failed):
+            break
+        add(1)
+        await asyncio.sleep(min(FIRST_WAIT_S * GROWTH ** (attempt - 1), LONGEST_WAIT_S))
+    raise translate_boto_error(failed)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -65,6 +83,6 @@ def is_passing(error: BaseException) -> bool:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= SERVER_ERROR or status == TOO_MANY or any(sign in str(error) for sign in THROTTLING)
+        return status >= SERVER_ERROR or status == TOO_MANY or any(sign in str(error) for sign in PASSING)
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & set(BROKEN)) or isinstance(error, TimeoutError | asyncio.IncompleteReadError)

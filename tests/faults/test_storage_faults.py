@@ -76,6 +76,32 @@ def test_each_fault_is_tried_again_and_given_up(s3, tmp_path, monkeypatch, kind)
         assert storage.read("there") == b"0123456789" * 100
 
 
+def fetched(storage, path, copy):
+    storage.fetch(path, copy)
+    return copy.read_bytes()
+
+
+def opened(storage, path):
+    with storage.open(path) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("length", [100, 10_500])
+def test_bodies_that_break_off_are_read_again(s3, tmp_path, monkeypatch, length):
+    monkeypatch.setattr("pipeline.root.storage.RANGE_BYTES", 1000)
+    monkeypatch.setattr("pipeline.root.storage.RANGES_AT_ONCE", 3)
+    data = bytes(number % 251 for number in range(length))
+    with faults_before(s3.endpoint, share=0.4, kinds=("truncated",)) as proxy:
+        storage = Storage(f"s3://test/{tmp_path.name}", StoreConfig.model_validate(store_behind(proxy, s3)))
+        monkeypatch.setattr(storage.fs, "default_block_size", 1000)  # s3fs reads what is longer in another way
+        storage.put("there", data)
+        for read in (storage.read, lambda path: fetched(storage, path, tmp_path / "copy"), lambda path: opened(storage, path)):
+            before = proxy.broken["truncated"]
+            for _ in range(5):
+                assert read("there") == data
+            assert proxy.broken["truncated"] > before
+
+
 def test_a_refusal_is_not_tried_again(s3, tmp_path):
     wrong = {"s3": s3.store["s3"] | {"secret": "wrong"}}
     with faults_before(s3.endpoint, share=0.0) as proxy:
