@@ -31,6 +31,7 @@ MODELS = {
     "local attention": (ModernBertModel, ModernBertConfig(**SMALL, **LOCAL), "mean"),
     "causal, shared heads": (Qwen3Model, Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16), "lasttoken"),
 }
+BERT_ALONE = pytest.mark.parametrize("engine", ["bert"], indirect=True)
 LENGTHS = (400, 70, 33, 5, 2, 1)
 
 
@@ -38,6 +39,7 @@ def attention_of_each(
     query, key, value, borders, borders_k, longest, longest_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
 ):
     """``torch.nn.attention.varlen.varlen_attn`` in plain terms: (tokens, heads, width) each."""
+    assert borders.dtype == torch.int32
     assert torch.equal(borders, borders_k)
     assert longest == longest_k == int(borders.diff().max())
     found = torch.empty_like(query)
@@ -95,6 +97,7 @@ def test_parts_of_texts_are_still_read_with_padding(engine):
     assert np.allclose(engine.run_spans(tokens, lengths_of(tokens), spans), before, atol=1e-5)
 
 
+@BERT_ALONE
 def test_attention_that_gives_other_vectors_is_not_used(engine, monkeypatch):
     tokens = tokens_of(LENGTHS)
     before = engine.run(tokens, lengths_of(tokens))
@@ -104,6 +107,7 @@ def test_attention_that_gives_other_vectors_is_not_used(engine, monkeypatch):
     assert np.array_equal(engine.run(tokens, lengths_of(tokens)), before)
 
 
+@BERT_ALONE
 def test_kernel_that_refuses_is_not_used(engine, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("FlashAttention forward only supports head dimension at most 256")
@@ -116,6 +120,32 @@ def test_kernel_that_refuses_is_not_used(engine, monkeypatch):
     assert np.array_equal(engine.run(tokens, lengths_of(tokens)), before)
 
 
-def test_cpus_keep_padding(engine):
-    assert not packed.is_possible(torch.device("cpu"), "bf16")
+@BERT_ALONE
+def test_bias_by_distance_is_not_used(engine, monkeypatch):
+    padded = packed.sdpa_attention_forward
+
+    def without_bias(*args, **settings):
+        return padded(*args, **{name: value for name, value in settings.items() if name != "position_bias"})
+
+    monkeypatch.setattr(packed, "sdpa_attention_forward", without_bias)
+    forward = engine._parts[0].model.forward
+    monkeypatch.setattr(engine._parts[0].model, "forward", lambda **given: forward(**given, position_bias=torch.zeros(1)))
+    engine._pack(512)
     assert not engine._packs
+
+
+@BERT_ALONE
+def test_prompt_may_be_left_out_of_the_mean(engine):
+    tokens = tokens_of(LENGTHS[:-2])
+    engine.budget = 100_000
+    whole = engine.run(tokens, lengths_of(tokens))
+    engine._parts[-2].include_prompt = False
+    padded = engine.run(tokens, lengths_of(tokens), prompt_tokens=3)
+    assert not np.allclose(padded, whole, atol=1e-3)
+    engine._pack(512)
+    assert engine._packs
+    assert np.allclose(engine.run(tokens, lengths_of(tokens), prompt_tokens=3), padded, atol=1e-5)
+
+
+def test_cpus_keep_padding():
+    assert not packed.is_possible(torch.device("cpu"), "bf16")

@@ -49,14 +49,15 @@ def test_create_refuses_empty_objects(storage):
         storage.create("x", b"")
 
 
-def test_adopt_moves_a_local_file(storage, tmp_path):
-    file = tmp_path / "made"
-    file.write_bytes(b"x" * 100_000)
+def test_adopt_moves_a_local_file(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.root.storage.RANGE_BYTES", 7000)
+    file, data = tmp_path / "made", bytes(number % 251 for number in range(100_000))
+    file.write_bytes(data)
     storage.adopt("folder/kept", file)
     assert not file.exists()
-    assert storage.read("folder/kept") == b"x" * 100_000
+    assert storage.read("folder/kept") == data
     storage.fetch("folder/kept", tmp_path / "copy")
-    assert (tmp_path / "copy").stat().st_size == 100_000
+    assert (tmp_path / "copy").read_bytes() == data
 
 
 def test_local_writes_leave_no_temporary_files(tmp_path):

@@ -2,8 +2,8 @@
 
 It needs no package beside torch. On padded rectangles torch prefers cuDNN, which plans anew for every shape of a batch: with
 texts of all lengths that took 40 % of the rate of an H100 (gpu.json). A model is given this attention through transformers'
-registries; what it does not cover (a head wider than 256, a bias by distance) shows in a comparison with the padded form,
-which the engine makes before it uses this one.
+registries; what it does not cover (a bias by distance, a head wider than 256) is refused, and before the engine uses it, its
+vectors of some probes are compared with those of padded texts.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ NAME = "vecmill_packed"
 PADDED = "sdpa"
 BORDERS = "cu_seq_lens_q"
 LONGEST = "max_length_q"
+NOT_COVERED = ("position_bias", "softcap", "s_aux")
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that flash attention runs on: Ampere."""
 
@@ -47,8 +48,9 @@ def switch(module: Any) -> bool:
 
 
 def switch_back(module: Any) -> None:
-    """Undo ``switch``."""
-    module.model.set_attn_implementation(PADDED)
+    """Undo ``switch``, if it was done."""
+    if isinstance(module, Transformer) and module.config._attn_implementation == NAME:
+        module.model.set_attn_implementation(PADDED)
 
 
 def position_offset(module: Any) -> int:
@@ -93,8 +95,10 @@ def _attention(
     if kwargs.get(BORDERS) is None:
         padded: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return padded
+    if any(kwargs.get(name) is not None for name in NOT_COVERED):
+        raise ValueError(f"packed texts: attention with one of {', '.join(NOT_COVERED)} needs padding")
     causal = kwargs.get("is_causal")
-    causal = module.is_causal if causal is None else causal
+    causal = getattr(module, "is_causal", True) if causal is None else causal  # as in SDPA
     back = kwargs["sliding_window"] - 1 if kwargs.get("sliding_window") else -1
     settings: dict[str, Any] = {"scale": kwargs.get("scaling")}
     if causal or back >= 0:

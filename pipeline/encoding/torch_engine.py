@@ -37,6 +37,7 @@ GEMM_SECONDS = 0.15
 PACKED_PROBE = "Texts have the same vectors, with padding and without."
 LONGEST_PROBE = 2048
 MIN_PACKED_COSINE = 0.999
+CANNOT_PACK = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class TorchEngine:
@@ -132,21 +133,20 @@ class TorchEngine:
         return Whole(self._parts, self._dim), (torch.from_numpy(ids), torch.from_numpy(mask))
 
     def _pack(self, max_tokens: int) -> None:
-        """From here on put no padding between texts, where that changes no vector."""
-        first, ids = self._parts[0], self.token_ids(PACKED_PROBE)
-        probe = [np.resize(ids, length) for length in (min(max_tokens, LONGEST_PROBE), len(ids), 3)]
-        with torch.inference_mode():
+        """From here on put no padding between texts, if probes then have the same vectors, to a cosine of 0.999."""
+        first = self._parts[0]
+        with contextlib.suppress(*CANNOT_PACK), torch.inference_mode():
+            ids = self.token_ids(PACKED_PROBE)
+            probe = [np.resize(ids, length) for length in (min(max_tokens, LONGEST_PROBE), len(ids), 3)]
             padded = self._forward(probe, 0)
-            self._packs = packed.switch(first)
-            if self._packs:
-                self._offset = packed.position_offset(first)
+            if packed.switch(first):
+                self._packs, self._offset = True, packed.position_offset(first)
                 self._parts.insert(1, packed.Apart())
-                with contextlib.suppress(RuntimeError, TypeError, ValueError, LookupError):  # it cannot do that
-                    cosine = (self._forward(probe, 0) * padded).sum(dim=1)
-                    if bool((cosine >= MIN_PACKED_COSINE).all()):
-                        return
-                self._packs = False
-                packed.switch_back(first)
+                found = self._forward(probe, 0)
+                if found.shape == padded.shape and bool(((found * padded).sum(dim=1) >= MIN_PACKED_COSINE).all()):
+                    return
+        self._packs = False
+        packed.switch_back(first)
 
     def _forward(self, batch: Sequence[Tokens], prompt_tokens: int) -> torch.Tensor:
         shape = self._flat if self._static else self._packed if self._packs else self._rectangle

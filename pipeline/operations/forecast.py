@@ -41,7 +41,7 @@ class Rate:
 class Ahead:
     """What lies before a run that knows its snapshot: ``to_encode`` of its passages have no vector yet.
 
-    ``unit_passages``: those of an embedding shard.
+    ``unit_passages``: of an embedding shard, at most.
     """
 
     passages: int

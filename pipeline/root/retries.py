@@ -10,13 +10,16 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import ConfigError
+
 ATTEMPTS = 16
 FIRST_WAIT_S, GROWTH, LONGEST_WAIT_S = 0.1, 1.7, 15.0
 PASSING = (
     "SlowDown", "Throttling", "RequestLimitExceeded", "reduce your request rate", "TooManyRequests",
-    "XAmzContentSHA256Mismatch",
+    "RequestTimeout", "XAmzContentSHA256Mismatch",
 )  # fmt: skip
 """In what a server says of a request that it may take a moment later, or that reached it broken."""
+GIVEN_UP = "not tried again"
 SERVER_ERROR = 500
 TOO_MANY = 429
 BROKEN = (
@@ -52,9 +55,14 @@ def taken() -> int:
 
 
 def install() -> dict[str, Any]:
-    """Have s3fs send every request by ``_insist``; returns options of a file system that leave botocore's own retries off."""
+    """Have s3fs send every request by ``_insist``; returns options of a file system that leave botocore's own retries off.
+
+    Raises ConfigError for an s3fs that sends them in another way.
+    """
     import s3fs.core
 
+    if not hasattr(s3fs.core, "_error_wrapper"):
+        raise ConfigError(f"s3fs {s3fs.__version__}: sends requests in a way that is not known here; install s3fs 2026.9")
     s3fs.core._error_wrapper = _insist  # its own counts nothing, and asks nobody about some errors
     s3fs.core.S3FileSystem.retries = ATTEMPTS
     return {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -63,19 +71,23 @@ def install() -> dict[str, Any]:
 async def _insist(
     request: Callable[..., Awaitable[Any]], *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, retries: int
 ) -> Any:
-    """What a request gives, made again while ``is_passing`` says so; its last error as an OSError where s3fs has one for it."""
+    """What a request gives, made again while ``is_passing`` says so; its last error as an OSError where s3fs has one for it.
+
+    s3fs wraps a request with its body once more than the request: what the inner one has given up, the outer one does too.
+    """
     from s3fs.errors import translate_boto_error
 
     for attempt in range(1, retries + 1):
         try:
             return await request(*args, **(kwargs or {}))
         except Exception as error:  # noqa: BLE001 - is_passing decides
-            failed = error
-        if attempt == retries or not is_passing(failed):
-            break
+            if attempt == retries or GIVEN_UP in getattr(error, "__notes__", ()) or not is_passing(error):
+                last: Exception = translate_boto_error(error)
+                last.add_note(GIVEN_UP)
+                raise last from last.__cause__
         add(1)
         await asyncio.sleep(min(FIRST_WAIT_S * GROWTH ** (attempt - 1), LONGEST_WAIT_S))
-    raise translate_boto_error(failed)
+    return None
 
 
 def is_passing(error: BaseException) -> bool:

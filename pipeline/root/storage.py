@@ -183,7 +183,10 @@ class Storage:
             _sync_folder(target.parent)
 
     def fetch(self, path: str, local: Path) -> None:
-        """Copy an object to a local file, some ranges of it at a time: s3fs makes no download again whose body breaks off."""
+        """Copy an object to a local file, some ranges of it at a time; whoever knows its hash should check what comes.
+
+        Each range is a request that is made again when its body breaks off; s3fs's own downloads above 50 MB are not.
+        """
         with self.explained("fetch", path):
             local.parent.mkdir(parents=True, exist_ok=True)
             if self.is_local:

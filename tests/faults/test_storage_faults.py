@@ -65,7 +65,7 @@ def test_each_fault_is_tried_again_and_given_up(s3, tmp_path, monkeypatch, kind)
         with pytest.raises(StorageError, match=r"there: cannot (read|look for) it"):
             storage.read("there")
         assert proxy.broken[kind] >= 2
-        assert retries.taken() >= 2
+        assert retries.taken() == 2  # not again by what wraps a request that was given up
         if kind == "lost reply":  # it landed: what is there is ours
             with pytest.raises(StorageError):
                 storage.create("new", b"mine")
