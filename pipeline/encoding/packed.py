@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipeline.encoding.batching import Tokens
+from pipeline.encoding.batching import Tokens, lengths_of
 
 NAME = "vecmill_packed"
 PADDED = "sdpa"
@@ -76,7 +76,7 @@ class Apart(torch.nn.Module):
 
 def features(batch: Sequence[Tokens], offset: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
     """Ids, positions and borders of texts in one row, named as sentence-transformers names them, and the longest's tokens."""
-    lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
+    lengths = lengths_of(batch)
     borders = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(borders[-1]) - np.repeat(borders[:-1], lengths) + offset
     named = {
