@@ -122,10 +122,12 @@ class Soak:
         process = self.start()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(self.rng.uniform(5, LATEST_KILL_S))
-        workers = [pid for pid in alive_of(process.pid) if b"ray::" in command_of(pid)]
+        workers = {pid: command for pid in alive_of(process.pid) if b"ray::" in (command := command_of(pid))}
         if workers:
+            victim = self.rng.choice(list(workers))
+            print("         kills", workers[victim].split(b"\0")[0].decode(), flush=True)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.rng.choice(workers), signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
         try:
             code = process.wait(LONGEST_RUN_S)
         finally:
