@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
@@ -40,5 +41,5 @@ def encoder(
         return
     table = Table(show_header=False, box=None)
     for name, value in report.items():
-        table.add_row(f"[bold]{name}", str(value))
+        table.add_row(f"[bold]{name}", escape(str(value)))
     results.print(table)

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.options import JsonOption, SetOption, VerboseOption, command, one_of, print_json, results, write_page
+from jobs.options import JsonOption, SetOption, VerboseOption, command, one_of, print_json, results, write_file
 from pipeline.search.searcher import Mode
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def compare(
     if html is not None:
         from pipeline.reports.report import render_comparison
 
-        write_page(html, render_comparison(found))
+        write_file(html, render_comparison(found))
 
 
 def _show(found: "Comparison") -> None:

@@ -93,10 +93,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1, default=str))  # noqa: T201 - results go to stdout
 
 
-def write_page(file: Path, page: bytes) -> None:
-    """A page that an option asked for; raises StorageError where it cannot be written."""
+def write_file(file: Path, data: bytes) -> None:
+    """A file that an option asked for; raises StorageError where it cannot be written."""
     try:
-        file.write_bytes(page)
+        file.write_bytes(data)
     except OSError as error:
         raise StorageError(f"{file}: cannot be written, {error.strerror}; choose another file") from error
 

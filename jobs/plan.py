@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.options import ConfigOption, JsonOption, SetOption, VerboseOption, command, print_json, results
@@ -61,14 +62,14 @@ def _show(found: Plan, job: Job, elsewhere: WhatIf | None) -> None:
         "encoding": f"about {found.encode_s / 60:.1f} minutes on this machine, if no passage is in the store yet",
         "index": f"{index.kind}{size}; {index.why}",
         "disk": f"embeddings {_mb(found.embedding_bytes)}, artifact about {_mb(found.artifact_bytes)}",
-        "memory": f"merge about {_mb(found.merge_memory_bytes)}, search {_mb(found.search_memory_bytes)} and mapped files",
+        "memory": f"merge about {_mb(found.merge_memory_bytes)}, search {_mb(found.index_bytes)} and mapped files",
         **(_cluster_rows(elsewhere) if elsewhere else {}),
     }
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
         if name == "ignored" and not found.ignored:
             continue
-        table.add_row(f"[bold]{name}", text)
+        table.add_row(f"[bold]{name}", escape(text))
     results.print(table)
 
 

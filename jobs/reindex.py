@@ -25,6 +25,7 @@ from jobs.options import (
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import VecmillError
+from pipeline.ingest.documents import FATES
 from pipeline.metrics import (
     INDEX_NTOTAL,
     RECALL,
@@ -44,7 +45,6 @@ from pipeline.root.storage import Storage
 if TYPE_CHECKING:
     from pipeline.run import Outcome
 
-FATES = ("documents", "rejected", "duplicates", "replaced", "deleted")
 """What became of the rows of a snapshot; their sum is all rows."""
 
 

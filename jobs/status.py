@@ -40,7 +40,7 @@ def _status(settings: Config) -> dict[str, Any]:
     return {
         "root": storage.uri,
         "live": live.artifact if live else None,
-        "writer": f"{holder.holder}, run {holder.run}, since {holder.at}" if holder else None,
+        "writer": holder.who if holder else None,
         "commits": [
             {"number": entry.number, "artifact": entry.artifact, "at": entry.at, "run": entry.run}
             for entry in log.entries

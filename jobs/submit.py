@@ -109,7 +109,7 @@ class _Cluster:
 
     def submit(self, run: str, config: Config, *, with_code: bool) -> None:
         """Upload what the job needs and start it; waits a while for a head that has just come up."""
-        secrets = secret_environment(config)
+        secrets = secret_environment(config.store.s3)
         if secrets:
             self.tell("store.s3.key and secret go to the job's environment; nodes with a role would need no secret")
         with tempfile.TemporaryDirectory(prefix="vecmill-job-") as folder:

@@ -18,7 +18,7 @@ from jobs.options import (
     print_result,
     progress,
     results,
-    write_page,
+    write_file,
 )
 from pipeline.artifacts.publish import require_live
 from pipeline.config import Config
@@ -66,7 +66,7 @@ def _report_compression(settings: Config, file: Path, *, quiet: bool, as_json: b
         print_result(found.model_dump())
     else:
         _show_compression(found)
-    write_page(file, render_compression(found))
+    write_file(file, render_compression(found))
 
 
 def _show_compression(found: "Compression") -> None:
@@ -96,7 +96,7 @@ def report(
     if html is not None:
         from pipeline.reports.report import render, stored_account
 
-        write_page(html, render(stored_account(storage, manifest)))
+        write_file(html, render(stored_account(storage, manifest)))
     if as_json:
         print_json(_described(manifest))
     else:

@@ -96,7 +96,6 @@ def unlock(
     if holder is None:
         results.print(f"{storage.uri}: nobody writes here", markup=False)
         return
-    who = f"{holder.holder}, run {holder.run}, since {holder.at}"
     if not force:
-        raise LockedError(f"{storage.uri}: held by {who}; vecmill unlock --force takes it away")
-    results.print(f"{storage.uri}: taken from {who}; it can commit no more", markup=False)
+        raise LockedError(f"{storage.uri}: held by {holder.who}; vecmill unlock --force takes it away")
+    results.print(f"{storage.uri}: taken from {holder.who}; it can commit no more", markup=False)

@@ -5,16 +5,28 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 
-from jobs.options import ConfigOption, JsonOption, QuietOption, SetOption, VerboseOption, command, print_json, progress, results
+from jobs.options import (
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    VerboseOption,
+    command,
+    print_json,
+    progress,
+    results,
+    write_file,
+)
 from pipeline.config_file import load_config
 from pipeline.errors import DataError
+from pipeline.ingest.documents import FATES
 from pipeline.ingest.ingestion import REJECTED_SCHEMA
 from pipeline.ingest.validation import Validation
 from pipeline.ingest.validation import validate as run_validation
 from pipeline.root.job import Event
+from pipeline.root.shards import parquet_bytes
 
 SHOWN = 10
 
@@ -33,24 +45,28 @@ def validate(
     with progress(quiet=quiet) as say:
         found = run_validation(settings, each_file=lambda done, total: say(Event("validate", "", done, total)))
     if out:
-        pq.write_table(pa.Table.from_pylist([asdict(row) for row in found.rejected], schema=REJECTED_SCHEMA), out)
+        table = pa.Table.from_pylist([asdict(row) for row in found.rejected], schema=REJECTED_SCHEMA)
+        write_file(out, parquet_bytes(table, compress=True))
     if as_json:
         shown = [asdict(row) for row in found.rejected[:SHOWN]]
         print_json({**vars(found), "rejected": shown, "ok": found.ok})
     else:
         _show(found)
     if not found.ok:
-        bad = (
-            found.bad_files[0]
-            if found.bad_files
-            else f"{found.counts['rejected']} rows rejected, the ceiling is {found.ceiling}"
-        )
-        raise DataError(f"{settings.corpus.uri}: a run would stop, {bad}")
+        raise DataError(f"{settings.corpus.uri}: a run would stop, {_why(found)}")
+
+
+def _why(found: Validation) -> str:
+    if found.bad_files:
+        return found.bad_files[0]
+    if found.counts["rejected"] > found.ceiling:
+        return f"{found.counts['rejected']} rows rejected, the ceiling is {found.ceiling}"
+    return f"no document in {found.counts['rows']} rows"
 
 
 def _show(found: Validation) -> None:
     counts = found.counts
-    fates = " + ".join(f"{counts[name]} {name}" for name in ("documents", "rejected", "duplicates", "replaced", "deleted"))
+    fates = " + ".join(f"{counts[name]} {name}" for name in FATES)
     results.print(f"{found.files} files, {counts['rows']} rows = {fates}", markup=False)
     for uri in found.ignored[:SHOWN]:
         results.print(f"ignored   {uri}", markup=False)

@@ -126,7 +126,9 @@ class ComputeConfig(Section):
         validate_default=True,
         description="Memory of the merge, 128 MiB of it for libraries; an index that needs more is cut into several files",
     )
-    scratch: str | None = Field(None, description="Local folder for files in the making; default: the system's temp folder")
+    scratch: str | None = Field(
+        None, description="Local folder for files in the making; default: a local root, else the system's temp folder"
+    )
     lease_ttl_s: float = Field(30.0, gt=0, description="A writer without a heartbeat for so long is taken for dead")
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: {file.stat().st_size} bytes, over the limit of {MAX_CONFIG_BYTES} for a config")
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read, {error.strerror}; check its permissions") from error
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that there is not
         raise ConfigError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
@@ -68,9 +71,9 @@ def _override_value(value: str, override: str) -> Any:
     """A YAML number, truth value, null, list or quoted text; anything else is text as it stands (``query: `` too)."""
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
-    as_written = isinstance(parsed, str | dict) and not value.lstrip().startswith(("{", '"', "'"))
+    as_written = isinstance(parsed, str | dict | date) and not value.lstrip().startswith(("{", '"', "'"))
     return value if as_written or not value else parsed
 
 

@@ -24,11 +24,6 @@ class Metric:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
-    @property
-    def in_ray(self) -> str:
-        """Its name where Ray exports it."""
-        return f"ray_{self.name}"
-
 
 SEARCH_REQUESTS = Metric(
     "vecmill_search_requests_total", "counter", "Requests answered, by route and HTTP status", ("route", "code")

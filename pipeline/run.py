@@ -6,16 +6,16 @@ after a crash and indexing what changed are the same command.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.ann import drift
 from pipeline.artifacts import publish
 from pipeline.artifacts.artifact import verify
 from pipeline.artifacts.indexing import is_asked_anew
-from pipeline.artifacts.live import config_spec
+from pipeline.artifacts.live import config_spec, spec_of
 from pipeline.config import Config
-from pipeline.embed.coverage import Coverage, cover
-from pipeline.errors import ConfigError, VecmillError
+from pipeline.embed.coverage import Coverage, cover, covered
+from pipeline.errors import ConfigError
 from pipeline.ingest.snapshot import snapshot_of
 from pipeline.reports.account import make_account
 from pipeline.reports.report import put_report
@@ -120,7 +120,8 @@ def tune(config: Config, *, say: Say = lambda _: None) -> ArtifactManifest:
     with running(config, say) as (job, lease, cluster):
         live = publish.require_live(job.storage)
         config_spec(config, live)
-        return _measured_again(job, cover(job, snapshot_of(job.storage, live)), live, lease, cluster)
+        made_by = replace(job, spec=spec_of(live))  # maybe on other machines, whose encoder has other arithmetic
+        return _measured_again(job, covered(made_by, snapshot_of(job.storage, live)), live, lease, cluster)
 
 
 def _measured_again(job: Job, coverage: Coverage, live: ArtifactManifest, lease: Lease, cluster: Cluster) -> ArtifactManifest:
@@ -149,7 +150,7 @@ def running(config: Config, say: Say, run_id: str | None = None) -> Iterator[tup
         with told as lease, journal(job) as written:
             try:
                 yield written, lease, cluster
-            except VecmillError:
+            except Exception:
                 metering.ended("failed")
                 raise
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else the threads of tests side by side spin against each other
 os.environ.pop("RAY_ADDRESS", None)  # no test works on a cluster that is not its own
 
 import pyarrow as pa

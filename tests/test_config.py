@@ -25,7 +25,7 @@ def test_unknown_key_is_an_error_with_a_suggestion(section, key, expected):
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["index", "=3", "root.a=1", "index.kind=[1,"])
+@pytest.mark.parametrize("override", ["index", "=3", "root.a=1", "index.kind=[1,", "index.m=2024-02-30"])
 def test_bad_override_is_an_error(tmp_path, override):
     file = tmp_path / "c.yaml"
     file.write_text("root: /r\ncorpus: {uri: /c}\n")
@@ -33,7 +33,7 @@ def test_bad_override_is_an_error(tmp_path, override):
         load_config(file, (override,))
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [", "\xff"])
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "\xff", "root: 2024-02-30\n"])
 def test_broken_file_is_an_error_naming_it(tmp_path, text):
     file = tmp_path / "c.yaml"
     file.write_bytes(text.encode("latin-1"))
@@ -75,3 +75,9 @@ def test_reference_is_current_and_is_the_default():
     assert FILE.read_text() == reference(), "run make config-reference"
     config = load_config(FILE)
     assert config == parse_config({"root": "/shared/index", "corpus": {"uri": "/shared/corpus"}})
+
+
+def test_a_date_is_text_where_text_is_meant(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("root: /r\ncorpus: {uri: /c}\n")
+    assert load_config(file, ("root=2024-06-01",)).root == "2024-06-01"

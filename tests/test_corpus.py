@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pytest
 
 from pipeline.config import StoreConfig
 from pipeline.config_what import CorpusConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.ingest.corpus import RejectedRow, SourceDocument, choose_files, normalise, read_documents
 from pipeline.ingest.formats import count_rows
 from pipeline.ingest.listing import list_files
@@ -24,6 +25,11 @@ def read(uri, **settings):
     rows = [row for part in slices for row in read_documents(part, corpus, StoreConfig())]
     assert sum(count_rows(part, StoreConfig()) for part in slices) == len(rows)
     return rows
+
+
+def slice_of(file):
+    kind = choose_files(list_files(str(file), StoreConfig()), CorpusConfig(uri=str(file)))[0][1]
+    return Slice(uri=str(file), size_bytes=1, content="", format=kind)
 
 
 def zstd(data: bytes) -> bytes:
@@ -209,3 +215,44 @@ def test_truncated_and_damaged_gzip_name_the_file(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(packed)
     with pytest.raises(DataError, match=r"a\.txt\.gz: E_COMPRESSION"):
         read(tmp_path)
+
+
+def test_binary_columns_are_text_in_metadata_too_and_an_empty_id_is_none(tmp_path):
+    columns = {name: pa.array(values, pa.binary()) for name, values in
+               {"id": [b"a", b""], "text": [b"one", b"two"], "lang": [b"en", b"\xff"]}.items()}  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    good, bad = read(tmp_path, metadata=("lang",))
+    assert (good.doc_id, good.metadata, bad.code) == ("a", '{"lang": "en"}', "E_NULL_ID")
+
+
+def test_moments_beyond_those_of_python_are_metadata_as_any(tmp_path):
+    moments = pa.array([0, 253402300800000000], pa.timestamp("us"))  # the second is the year 10000
+    pq.write_table(pa.table({"id": ["a", "b"], "text": ["one", "two"], "at": moments}), tmp_path / "a.parquet")
+    assert [json.loads(row.metadata)["at"][:5] for row in read(tmp_path, metadata=("at",))] == ["1970-", "10000"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"])
+def test_a_file_that_its_storage_does_not_give_is_no_bad_file(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x")
+
+    def refuse(storage, path, ahead_bytes=None):
+        raise PermissionError(13, "the key of this object is not for you")
+
+    monkeypatch.setattr("pipeline.root.storage.Storage.open", refuse)
+    with pytest.raises(StorageError, match=rf"{name}: cannot read it, .*the key of this object"):
+        list(read_documents(slice_of(tmp_path / name), CorpusConfig(uri=str(tmp_path)), StoreConfig()))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"])
+def test_nor_is_one_whose_bytes_stop_coming(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x")
+
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(121, "the service is away")
+
+        readinto = readline = read
+
+    monkeypatch.setattr("pipeline.root.storage.Storage.open", lambda storage, path, ahead_bytes=None: Broken(b"x" * 100))
+    with pytest.raises(StorageError, match=rf"{name}: cannot read it, .*the service is away"):
+        list(read_documents(slice_of(tmp_path / name), CorpusConfig(uri=str(tmp_path)), StoreConfig()))

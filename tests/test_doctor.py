@@ -60,3 +60,8 @@ def test_a_storage_that_pretends_is_refused_by_doctor_and_by_writers(tmp_path, m
     ):
         pass
     assert Log(storage).refresh().holder is None
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error():
+    with pytest.raises(StorageError, match="/proc/none"):
+        list(examine_storage("/proc/none", make_config("r", "c").store))

@@ -126,6 +126,11 @@ def test_a_factory_string_builds_what_faiss_knows(tmp_path, vectors):
     assert (found[:, 0] == np.arange(50)).mean() > 0.9
     with pytest.raises(ConfigError, match=r"index\.factory: IVFnonsense"):
         index.train(choose(IndexConfig(factory="IVFnonsense"), 10, 64), vectors, seed=1)
+    with pytest.raises(ConfigError, match=r"index\.factory: IVF4096,Flat over 2000 vectors of 64 dimensions, FAISS says"):
+        index.train(choose(IndexConfig(factory="IVF4096,Flat"), 2000, 64), vectors[:2000], seed=1)
+    plan = choose(IndexConfig(factory="IDMap,Flat"), 2000, 64)
+    with pytest.raises(ConfigError, match=r"index\.factory: adding 2000 vectors, FAISS says"):
+        index.build(index.train(plan, vectors, seed=1), vectors.astype(np.float16), range(2000))
 
 
 @pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "PCA32,IVF16,SQ8", "IVF16,Flat"])

@@ -93,7 +93,13 @@ def test_spec_is_the_same_from_another_folder(tmp_path, minilm):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("package:no_such_package/model", "pip install"), ("no/such", "encoder.revision"), ("nowhere", "no such folder")],
+    [
+        ("package:no_such_package/model", "pip install"),
+        ("package:no.such/model", "pip install"),
+        ("package:/model", "pip install"),
+        ("no/such", "encoder.revision"),
+        ("nowhere", "no such folder"),
+    ],
 )
 def test_missing_model_says_what_to_do(model, message):
     with pytest.raises(ConfigError, match=message):

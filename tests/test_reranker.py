@@ -1,4 +1,6 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,15 @@ from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
+from pipeline.config import SearchConfig
 from pipeline.config_file import parse_config
 from pipeline.encoding.numerics import native_bf16
 from pipeline.encoding.tokenizer import PairTokenizer
 from pipeline.errors import ConfigError, EncoderError
 from pipeline.search.cross_encoder import CrossEncoding
 from pipeline.search.reranker import BLOCK_TEXTS, FIRST_TEXTS, load_reranker, rerank
+from pipeline.search.reranking import Reranking
+from pipeline.search.searcher import FoundText
 from tests.conftest import MINILM
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -290,3 +295,27 @@ def test_revision_needs_a_reranker():
         parse_config(minimal | {"search": {"reranker_revision": "a" * 40}})
     search = parse_config(minimal | {"search": {"reranker": "own/model", "reranker_revision": "a" * 40}}).search
     assert (search.rerank_depth, search.rerank_ms) == (50, None)
+
+
+class Slow:
+    """A re-ranker that takes no time and remembers how much it was given."""
+
+    def __init__(self):
+        self.budgets = []
+
+    def score(self, query, texts, *, budget_s):
+        self.budgets.append(budget_s)
+        return np.full(len(texts), np.nan if budget_s is not None and budget_s <= 0 else 1.0, dtype=np.float32)
+
+
+def test_the_wait_for_others_is_part_of_the_time_that_is_given():
+    reranking, found = Reranking(SearchConfig(reranker="any")), [FoundText(1, 0.5, "a", ())]
+    reranking._reranker = slow = Slow()
+    with ThreadPoolExecutor(1) as pool:
+        with reranking._lock:
+            late = pool.submit(reranking.order, "q", found, 1, 0.05)
+            time.sleep(0.2)
+        assert "rerank" not in late.result()[0].scores
+    assert slow.budgets[0] <= 0
+    assert reranking.order("q", found, 1)[0].scores["rerank"] == 1
+    assert slow.budgets[1] is None

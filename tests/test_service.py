@@ -421,8 +421,13 @@ def test_the_openai_client_searches_the_vector_store(client, config):
         assert [item.file_id for item in high.data] == ["rates"]
         with pytest.raises(openai.NotFoundError, match="elsewhere is not here, live and"):
             stores.search("elsewhere", query="a")
-        with pytest.raises(openai.UnprocessableEntityError):
-            stores.search("live", query="a", filters={"type": "eq", "key": "colour", "value": "3"})
+        for wrong, param in (
+            ({"filters": {"type": "eq", "key": "colour", "value": "3"}}, "filters"),
+            ({"query": ""}, "query"),
+            ({"query": ["a"] * 5, "max_num_results": 50}, "max_num_results"),
+        ):
+            with pytest.raises(openai.UnprocessableEntityError, match=f"'param': '{param}'"):
+                stores.search("live", **{"query": "a"} | wrong)
 
 
 def test_concurrent_clients_get_their_own_answers(client):

@@ -1,9 +1,16 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import s3fs
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import BadFileError, ConfigError, StorageError
 from pipeline.ingest.listing import content_hash, list_files
+from pipeline.root.manifest import put_data
+from pipeline.root.shards import ROW_GROUP_ROWS, Cursor, fixed_binary, parquet_bytes, read_columns
 from pipeline.root.storage import Storage, uri_scheme
 
 NAMES = ["plain", "with space", "per%cent", "hash#tag", "question?", "ünïcode", "a+b=c&d", "quote'\""]
@@ -129,3 +136,54 @@ def test_create_that_landed_but_lost_its_answer_is_told_from_a_lost_race(s3, tmp
     assert storage.create("x", b"mine")
     assert storage.create("x", b"mine")  # the retry of a client that did not hear the answer
     assert not storage.create("x", b"other")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_one(tmp_path, monkeypatch):
+    for name in ("a/x.txt", "b/y.txt"):
+        Storage(str(tmp_path)).put(name, b"x")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StorageError, match=rf"cannot list it, .*Permission denied: '{tmp_path}/b'"):
+        list_files(str(tmp_path), Storage(str(tmp_path))._store)
+
+
+def test_a_file_that_goes_while_files_are_listed_or_hashed(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        Storage(str(tmp_path)).put(name, b"x")
+    (kept, gone), walk = list_files(str(tmp_path), Storage(str(tmp_path))._store), os.walk
+
+    def late(folder, **options):
+        found = list(walk(folder, **options))
+        Path(gone.uri).unlink()
+        return found
+
+    monkeypatch.setattr(os, "walk", late)
+    assert list_files(str(tmp_path), Storage(str(tmp_path))._store) == [kept]
+    with pytest.raises(BadFileError, match=r"b\.txt: E_INPUT_CHANGED, it is gone"):
+        content_hash(gone)
+
+
+def test_a_file_that_is_read_forward_beside_others_keeps_little_of_itself(s3, tmp_path, monkeypatch):
+    storage, rows, fetched = Storage(f"s3://test/{tmp_path.name}", s3.store_config), 4 * ROW_GROUP_ROWS, []
+    columns = {
+        "key": fixed_binary(np.arange(rows, dtype=">u8").repeat(2).view("S16")),
+        "row": fixed_binary(np.zeros((rows, 500), np.int8)),
+    }
+    file = put_data(storage, "e/u", ".parquet", parquet_bytes(pa.table(columns), compress=False), rows)
+    fetch = s3fs.core.S3File._fetch_range
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", lambda self, *ends: fetched.append(ends) or fetch(self, *ends))
+    monkeypatch.setattr("pipeline.root.shards.AHEAD_BYTES", 100_000)
+    cursor = Cursor(storage, "e", file, ["key", "row"])
+    fetched.clear()
+    assert [sum(table.num_rows for table in cursor.take(ROW_GROUP_ROWS)) for _ in range(5)] == [ROW_GROUP_ROWS] * 4 + [0]
+    assert max(end - start for start, end in fetched) <= file.size_bytes / 4 + 100_000
+    assert sum(end - start for start, end in fetched) <= 1.3 * file.size_bytes
+    fetched.clear()
+    assert len(read_columns(storage, "e", file, ["key", "row"])) == rows
+    assert max(end - start for start, end in fetched) > file.size_bytes / 2, "one file alone is read at once"

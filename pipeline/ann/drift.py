@@ -70,9 +70,9 @@ def measure(sizes: list[int], trained: Trained | None, sample: Matrix) -> Health
     )
 
 
-def histogram(counts: npt.NDArray[np.int64], bins: int = HISTOGRAM_BINS) -> Histogram:
+def histogram(counts: npt.NDArray[np.int64]) -> Histogram:
     """Whole numbers in bins of equal width; ``counts[n]``: how often there is n."""
-    width = max(1, -(-len(counts) // bins))
+    width = max(1, -(-len(counts) // HISTOGRAM_BINS))
     padded = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width).sum(axis=1)
     return Histogram(edges=tuple(float(width * edge) for edge in range(len(padded) + 1)), counts=tuple(padded.tolist()))
 

@@ -6,7 +6,8 @@ a shard of one vector does not drag a copy of the centroids along. Fast-scan kin
 keeps explicit ids, and packed at the end. Metric: inner product on unit vectors, higher is better.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,12 +31,13 @@ BLOCK_ROWS = 1 << 16
 def train(plan: IndexPlan, vectors: Matrix, seed: int) -> bytes:
     """Train centroids and codebooks on (n, dim) float32 in random order; returns the empty index as FAISS bytes.
 
-    Raises ConfigError on a factory string that FAISS does not know.
+    Raises ConfigError on a factory string that FAISS does not know, or cannot train with these vectors.
     """
     vectors = _finite(vectors, "the training sample")
     if plan.kind == "factory":
-        index = _from_factory(plan.factory, vectors.shape[1])
-        index.train(vectors)
+        with _refused(f"{plan.factory} over {len(vectors)} vectors of {vectors.shape[1]} dimensions"):
+            index = faiss.index_factory(vectors.shape[1], plan.factory, faiss.METRIC_INNER_PRODUCT)
+            index.train(vectors)
         return cast(bytes, faiss.serialize_index(index).tobytes())
     rotation = _rotation(plan, vectors, seed)
     rotated = rotation.apply(vectors) if rotation else vectors
@@ -108,16 +110,18 @@ def merge(data: bytes, kind: Kind, shards: Iterable[tuple[Codes, Ordinals]]) -> 
 def build(data: bytes | None, vectors: npt.NDArray[np.float16], part: range) -> Any:
     """An index over the rows ``part`` of (n, dim) float16 vectors in one piece: flat, or that of a factory.
 
-    Its ids are ordinals where FAISS can keep them, in inverted lists, else rows of the part.
+    Its ids are ordinals where FAISS can keep them, in inverted lists, else rows of the part. Raises ConfigError where the index
+    cannot be added to.
     """
     index = faiss.IndexFlatIP(vectors.shape[1]) if data is None else load_trained(data)
     keeps_ids = faiss.try_extract_index_ivf(index) is not None
     for first in range(part.start, part.stop, BLOCK_ROWS):
         block = _finite(vectors[first : min(first + BLOCK_ROWS, part.stop)].astype(np.float32), "vectors.f16")
-        if keeps_ids:
-            index.add_with_ids(block, np.arange(first, first + len(block)))
-        else:
-            index.add(block)
+        with _refused(f"adding {len(block)} vectors"):
+            if keeps_ids:
+                index.add_with_ids(block, np.arange(first, first + len(block)))
+            else:
+                index.add(block)
     return index
 
 
@@ -140,11 +144,13 @@ def set_threads(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
-def _from_factory(factory: str, dim: int) -> Any:
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """A block in which FAISS may refuse an index of the config's own."""
     try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        yield
     except RuntimeError as error:
-        raise ConfigError(f"index.factory: {factory} for {dim} dimensions, FAISS says {str(error).splitlines()[-1]}") from error
+        raise ConfigError(f"index.factory: {what}, FAISS says {str(error).splitlines()[-1]}") from error
 
 
 def _rotation(plan: IndexPlan, vectors: Matrix, seed: int) -> Any:

@@ -162,7 +162,7 @@ def _read_codes(ivf: Any, sample: Ordinals, codes: Codes) -> None:
     for number in range(ivf.nlist):
         ids = _list_ids(ivf, number)
         rows = np.minimum(np.searchsorted(sample, ids), len(sample) - 1)
-        found = np.flatnonzero(sample[rows] == ids) if len(sample) else rows
+        found = np.flatnonzero(sample[rows] == ids)
         pointer = lists.get_codes(number)
         for offset in found:
             if in_blocks:
@@ -183,9 +183,9 @@ def _search_plain(
     return cast(tuple[Matrix, Ordinals], index.search(queries, k, params=parameters))
 
 
-def _selector(allowed: npt.NDArray[np.bool_] | None) -> Any:
+def _selector(allowed: npt.NDArray[np.bool_]) -> Any:
     """FAISS's selector of ids; it keeps the bits that it points to."""
-    return None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    return faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
 
 
 def _shifted(found: tuple[Matrix, Ordinals], first: int) -> tuple[Matrix, Ordinals]:

@@ -24,7 +24,7 @@ def put_codes(storage: Storage, trained: TrainedManifest, unit: str, codes: Any,
     return put_record(storage, folder, Record(unit=unit, files=(file,), counts=counts, **record))
 
 
-def open_codes(storage: Storage, trained: TrainedManifest, shard: Record, code_size: int) -> Cursor | None:
+def open_codes(storage: Storage, trained: TrainedManifest, shard: Record, code_size: int, ahead_bytes: int) -> Cursor | None:
     """The codes of an embedding shard, to be read forward; None where it has none.
 
     Raises VerificationError when they are of another trained index, size or number of rows.
@@ -34,7 +34,7 @@ def open_codes(storage: Storage, trained: TrainedManifest, shard: Record, code_s
     if record is None:
         return None
     file = record.files[0]
-    cursor = Cursor(storage, folder, file, ["code"])
+    cursor = Cursor(storage, folder, file, ["code"], ahead_bytes=ahead_bytes)
     found = (
         (cursor.schema.metadata or {}).get(TRAINED, b"none").decode(),
         cursor.schema.field("code").type.byte_width,

@@ -7,6 +7,7 @@ A folder without a manifest is no artifact; a published one is never touched aga
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import VerificationError
@@ -49,6 +50,24 @@ def verify(storage: Storage, folder: str) -> ArtifactManifest:
     if strangers := found - set(manifest.all_files) - {MANIFEST}:
         raise VerificationError(f"{storage.at(folder)}/{min(strangers)}: not in the manifest; remove it")
     return manifest
+
+
+def check_sizes(storage: Storage, folder: str, files: Mapping[str, DataFile]) -> None:
+    """Raise VerificationError where one of an artifact's files is missing or was cut; its bytes are not read."""
+    for name, file in files.items():
+        if storage.size(path := f"{folder}/{name}".lstrip("/")) != file.size_bytes:
+            raise VerificationError(
+                f"{storage.at(path)}: missing or of another size than its manifest says; restore or rebuild the artifact"
+            )
+
+
+def fetch_file(storage: Storage, path: str, expected: DataFile, local: Path) -> None:
+    """Copy a file to this machine; raises VerificationError unless size and SHA-256 are the expected ones."""
+    try:
+        storage.fetch(path, local)
+    except FileNotFoundError as error:
+        raise VerificationError(f"{error}; the manifest lists it, restore or rebuild the artifact") from error
+    verify_file(Storage(str(local.parent)), local.name, expected)
 
 
 def verify_file(storage: Storage, path: str, expected: DataFile) -> None:

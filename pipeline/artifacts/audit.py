@@ -18,7 +18,7 @@ from pipeline.artifacts.live import config_spec, spec_of
 from pipeline.artifacts.merging import local_files, trained_bytes
 from pipeline.artifacts.publish import require_live
 from pipeline.config import Config
-from pipeline.embed.coverage import cover, covered_keys
+from pipeline.embed.coverage import covered, covered_keys
 from pipeline.errors import VerificationError
 from pipeline.ingest.passages import passage_key
 from pipeline.ingest.snapshot import snapshot_of
@@ -53,7 +53,7 @@ def audit(config: Config, sample: int) -> Audit:
     manifest = require_live(job.storage)
     config_spec(config, manifest)
     job = replace(job, spec=spec_of(manifest))
-    live = covered_keys(job, cover(job, snapshot_of(job.storage, manifest)))
+    live = covered_keys(job, covered(job, snapshot_of(job.storage, manifest)))
     where = job.storage.at(f"artifacts/{manifest.version}")
     if len(live) != manifest.counts["passages"]:
         raise VerificationError(f"{where}: {manifest.counts['passages']} passages, its snapshot has {len(live)}; {MENDING}")

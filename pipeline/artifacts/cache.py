@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.ann.vectors import INT8, VECTORS
-from pipeline.artifacts.artifact import MANIFEST, READ_BYTES, verify_file
+from pipeline.artifacts.artifact import MANIFEST, READ_BYTES, fetch_file
 from pipeline.config import SearchConfig
 from pipeline.errors import StorageError, VerificationError
 from pipeline.fingerprint import sha256
@@ -94,8 +94,7 @@ def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, kept: dict[
         for name, file in manifest.all_files.items():
             path = f"{folder}/{name}".lstrip("/")
             if len(kept[name]) == file.size_bytes:
-                storage.fetch(path, copy / name)
-                verify_file(Storage(str(copy)), name, file)
+                fetch_file(storage, path, file, copy / name)
             else:
                 _copy_bytes(storage, path, file, kept[name], copy / name)
         (copy / MANIFEST).write_bytes(data)

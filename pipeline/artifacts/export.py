@@ -1,8 +1,5 @@
 """The live documents with their vectors as one Parquet file that any tool reads: ``fixed_size_list`` of floats."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +8,7 @@ from pipeline.ann.vectors import to_float32
 from pipeline.artifacts.live import open_live
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.root.job import scratch
 from pipeline.root.storage import file_at
 
 COLUMNS = ["ordinal", "doc_id", "passage", "start", "end", "text", "metadata"]
@@ -30,8 +28,8 @@ def export(config: Config, out: str, *, as_float32: bool = False, with_text: boo
         raise ConfigError(f"{out}: a folder; name the Parquet file to write")
     rows = 0
     writer = None
-    with tempfile.TemporaryDirectory(dir=config.compute.scratch) as scratch:
-        file = Path(scratch) / "export.parquet"
+    with scratch(config.compute.scratch) as folder:
+        file = folder / "export.parquet"
         for _, _, batch in opened.partition.documents.batches(columns):
             found = vectors[batch.column("ordinal").to_numpy()]
             flat = (to_float32(found) if as_float32 else np.ascontiguousarray(found)).reshape(-1)

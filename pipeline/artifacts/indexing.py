@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ def evaluate(job: Job, merged: Merged, trained: TrainedManifest, live: Keys) -> 
         measured = operating.measure(collection, truth, target, nprobe=search.nprobe, rescoring=search.rescore)
         best = operating.choose(measured, target, search.max_latency_ms)
         health = _health(job, collection, trained, live)
+        labelled = _labelled(job, merged, folder, best.point) if settings.qrels else None
     return Evaluation(
         asked=asked(job),
         k=settings.k,
@@ -132,7 +134,7 @@ def evaluate(job: Job, merged: Merged, trained: TrainedManifest, live: Keys) -> 
         point=best.point,
         points=tuple(each.point for each in measured),
         health=health,
-        labelled=_labelled(job, merged, best.point) if settings.qrels else None,
+        labelled=labelled,
     )
 
 
@@ -187,10 +189,9 @@ def _queries(job: Job, vectors: Vectors, live: Keys) -> tuple[recall.Matrix, rec
     return encode_queries(job.spec, settings.queries, job.config.store), None
 
 
-def _labelled(job: Job, merged: Merged, point: OperatingPoint) -> dict[str, dict[str, float]]:
+def _labelled(job: Job, merged: Merged, folder: Path, point: OperatingPoint) -> dict[str, dict[str, float]]:
     from pipeline.search.evaluation import labelled
 
     settings = job.config.evaluation
-    with local_files(job, merged) as folder:
-        searcher = Searcher([LocalPartition(folder, merged)], merged, point)
-        return labelled(searcher, job.spec, settings.queries or "", settings.qrels or "", job.config.store)
+    searcher = Searcher([LocalPartition(folder, merged)], merged, point)
+    return labelled(searcher, job.spec, settings.queries or "", settings.qrels or "", job.config.store)

@@ -21,8 +21,9 @@ from pipeline.ingest.ingestion import PASSAGE_SCHEMA
 from pipeline.ingest.snapshot import Part
 from pipeline.root import layout
 from pipeline.root.job import Job
-from pipeline.root.manifest import DocumentsFile, Record, TrainedManifest
-from pipeline.root.shards import ROW_GROUP_ROWS, Cursor, Keys, is_among, key_bounds, keys_of, to_rows
+from pipeline.root.manifest import DataFile, DocumentsFile, Record, TrainedManifest
+from pipeline.root.shards import AHEAD_BYTES, ROW_GROUP_ROWS, Cursor, Keys, is_among, key_bounds, keys_of, to_rows
+from pipeline.root.storage import Storage
 from pipeline.search.document_files import SCHEMA, DocumentsWriter
 
 RANGE_PASSAGES = 1 << 12
@@ -30,6 +31,8 @@ ROWS_PER_SHARD = 1 << 6
 """Passages per range: at least so many for each shard, so that steps of Python do not grow with passages times shards."""
 LIBRARY_BYTES = 128 << 20
 """Memory that Arrow, its reader and its writer take and keep however little they are given (measured: 60 to 100 MB)."""
+MORE_AHEAD_BYTES = 32 << 20
+"""Where memory is left for it: the fewer requests, the less is waited for them."""
 RANGE_COPIES = 4
 """Bytes of memory per byte of a range: what the files give, what is chosen, what is written."""
 
@@ -60,13 +63,14 @@ class Sources:
 
 @dataclass
 class _Shard:
-    """An embedding shard and its codes, read forward together."""
+    """An embedding shard and its codes, read forward together. ``duplicates``: live vectors that another shard gave."""
 
     record: Record
     vectors: Cursor
     codes: Cursor | None
     where: str
     taken: int = 0
+    duplicates: int = 0
 
     def fill(self, bound: bytes | None, live: Keys, missing: Any, vectors: Any, codes: Any) -> None:
         """Put this shard's rows below ``bound`` in their places among ``live`` where they are still missing."""
@@ -76,7 +80,9 @@ class _Shard:
         if not len(keys) or not len(live):
             return
         places = np.searchsorted(live, keys).clip(max=len(live) - 1)
-        rows = np.flatnonzero((live[places] == keys) & missing[places])
+        is_live = live[places] == keys
+        rows = np.flatnonzero(is_live & missing[places])
+        self.duplicates += int(is_live.sum()) - len(rows)
         if not len(rows):
             return
         vectors[places[rows]] = vectors_of(table.column("embedding"), vectors.shape[1])[rows]
@@ -109,9 +115,9 @@ def merge_rows(sources: Sources, vectors: Path, folder: Path, codes: Path) -> Co
     job, dim = sources.job, sources.trained.dim
     counts = Counts(rows=sum(part.rows for part in sources.parts))
     passages = max(RANGE_PASSAGES, ROWS_PER_SHARD * len(sources.shards))
-    _check_memory(sources, min(passages, counts.rows))
-    texts = [Cursor(job.storage, layout.PASSAGES, part.file, DOCUMENT_COLUMNS, part.masked) for part in sources.parts]
-    shards = [_open(sources, record) for record in sorted(sources.shards, key=lambda record: record.unit)]
+    ahead = _ahead_bytes(sources, min(passages, counts.rows))
+    texts = [Cursor(job.storage, layout.PASSAGES, part.file, DOCUMENT_COLUMNS, part.masked, ahead) for part in sources.parts]
+    shards = [_open(sources, record, ahead) for record in sorted(sources.shards, key=lambda record: record.unit)]
     with DocumentsWriter(folder, counts.rows) as writer, vectors.open("wb") as vectors_out, codes.open("wb") as codes_out:
         for bound in key_bounds(counts.rows, passages):
             table = pa.concat_tables([piece for cursor in texts for piece in cursor.take_until(bound)])
@@ -134,16 +140,15 @@ def merge_rows(sources: Sources, vectors: Path, folder: Path, codes: Path) -> Co
                 _put(codes_out, coded)
             counts.passages += len(live)
     counts.documents, counts.document_rows = writer.files, writer.rows
-    used = [shard for shard in shards if shard.taken]
-    counts.records = {shard.record.unit: shard.record.files[0].sha256 for shard in used}
-    counts.duplicate_vectors = sum(shard.vectors.rows - shard.taken for shard in used)
+    counts.records = {shard.record.unit: shard.record.files[0].sha256 for shard in shards if shard.taken}
+    counts.duplicate_vectors = sum(shard.duplicates for shard in shards)
     return counts
 
 
-def _open(sources: Sources, record: Record) -> _Shard:
+def _open(sources: Sources, record: Record, ahead: int) -> _Shard:
     job = sources.job
-    vectors = open_embeddings(job.embeddings, job.embedding_folder, record, sources.trained.dim)
-    codes = open_codes(job.storage, sources.trained, record, sources.code_size) if sources.has_codes else None
+    vectors = open_embeddings(job.embeddings, job.embedding_folder, record, sources.trained.dim, ahead)
+    codes = open_codes(job.storage, sources.trained, record, sources.code_size, ahead) if sources.has_codes else None
     return _Shard(record, vectors, codes, job.storage.at(f"{layout.index_shards(sources.trained.trained)}/{record.unit}.json"))
 
 
@@ -159,17 +164,32 @@ def _put(file: BinaryIO, rows: Any) -> None:
     file.write(memoryview(rows).cast("B") if rows.size else b"")
 
 
-def _check_memory(sources: Sources, passages: int) -> None:
-    """One row group of every file and one range are in memory."""
-    files = [*(part.file for part in sources.parts), *(shard.files[0] for shard in sources.shards)]
-    groups = sum(file.size_bytes * min(ROW_GROUP_ROWS, file.rows) // max(1, file.rows) for file in files)
-    groups += len(sources.shards) * ROW_GROUP_ROWS * sources.code_size
+def _ahead_bytes(sources: Sources, passages: int) -> int:
+    """What each remote file may read ahead; one row group of every file and one range are in memory, too.
+
+    Raises ConfigError where ``compute.merge_memory`` does not hold the least of it.
+    """
+    job, shards = sources.job, [shard.files[0] for shard in sources.shards]
+    count = len(sources.parts) + len(shards) * (1 + sources.has_codes)
+    groups = sum(_open_bytes(job.storage, _group_bytes(part.file)) for part in sources.parts)
+    groups += sum(_open_bytes(job.embeddings, _group_bytes(file)) for file in shards)
+    groups += len(shards) * _open_bytes(job.storage, ROW_GROUP_ROWS * sources.code_size) if sources.has_codes else 0
     text = sum(part.file.size_bytes for part in sources.parts) // max(1, sum(part.file.rows for part in sources.parts))
     entry = 2 * sources.trained.dim + sources.code_size + text
     needed = LIBRARY_BYTES + groups + RANGE_COPIES * passages * entry
-    limit = sources.job.config.compute.merge_memory
+    limit = job.config.compute.merge_memory
     if needed > limit:
         raise ConfigError(
-            f"compute.merge_memory: {limit} bytes, merging {len(files)} files needs at least {needed}; give it more, or make "
+            f"compute.merge_memory: {limit} bytes, merging {count} files needs at least {needed}; give it more, or make "
             "fewer shards with compute.unit_passages"
         )
+    return AHEAD_BYTES + min(MORE_AHEAD_BYTES, (limit - needed) // 2 // max(1, count))
+
+
+def _group_bytes(file: DataFile) -> int:
+    return file.size_bytes * min(ROW_GROUP_ROWS, file.rows) // max(1, file.rows)
+
+
+def _open_bytes(storage: Storage, group_bytes: int) -> int:
+    """Memory of a file that is read forward: a row group, of a remote one also the bytes that it came from and those ahead."""
+    return group_bytes if storage.is_local else 2 * group_bytes + AHEAD_BYTES

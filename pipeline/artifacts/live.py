@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from pipeline.artifacts.artifact import MANIFEST, read_manifest, verify, verify_file
+from pipeline.artifacts.artifact import MANIFEST, check_sizes, read_manifest, verify, verify_file
 from pipeline.artifacts.cache import Hold, cached
 from pipeline.artifacts.publish import committed_artifact, require_live
 from pipeline.config import Config, SearchConfig, StoreConfig
@@ -21,7 +21,7 @@ from pipeline.search.searcher import Searcher
 
 @dataclass(frozen=True)
 class Opened:
-    """An artifact ready to be searched, wherever its partitions are. ``spec``: its queries' encoder; ``files``: its folder."""
+    """An artifact ready to be searched, wherever its partitions are. ``spec``: its encoder; ``files``: its folder."""
 
     manifest: ArtifactManifest
     searcher: Searcher
@@ -95,8 +95,6 @@ def open_commit(config: Config, entry: LogEntry, current: Opened | None = None, 
     """
     storage = Storage(config.root, config.store)
     manifest = committed_artifact(storage, entry)
-    if manifest is None:
-        raise VerificationError(f"{storage.uri}: commit {entry.number} names no artifact; restore log/")
     if current is not None and manifest.checksum == current.manifest.checksum:
         return replace(current, manifest=manifest)
     if elsewhere is not None:
@@ -219,9 +217,7 @@ def _local_folder(storage: Storage, folder: str, search: SearchConfig) -> tuple[
     manifest, data = _manifest_at(storage, folder)
     if not storage.is_local:
         return cached(storage, folder, manifest, data, search)
-    for name, file in manifest.all_files.items():
-        if storage.size(f"{folder}/{name}".lstrip("/")) != file.size_bytes:
-            raise VerificationError(f"{storage.at(folder)}/{name}: missing or cut; restore or rebuild the artifact")
+    check_sizes(storage, folder, manifest.all_files)
     return Path(storage.at(folder)), None
 
 

@@ -48,7 +48,7 @@ def merge(sources: Sources, version: str) -> MergeRecord:
     started = time.perf_counter()
     job, trained = sources.job, sources.trained
     give_back()
-    with scratch(job) as folder, frugal_malloc(), _frugal_arrow(), peak_memory() as peak:
+    with scratch(job.scratch_parent) as folder, frugal_malloc(), _frugal_arrow(), peak_memory() as peak:
         codes = folder / "codes"
         counted = merge_rows(sources, folder / VECTORS, folder, codes)
         give_back()
@@ -141,14 +141,18 @@ def part_sizes(config: Config, count: int, entry_bytes: int, trained_size: int) 
 
 @contextlib.contextmanager
 def local_files(job: Job, merged: Merged) -> Iterator[Path]:
-    """The merged files as a local folder: in place on a local root, else a copy that is gone afterwards."""
+    """The merged files as a local folder: in place on a local root, else a verified copy that is gone afterwards.
+
+    Raises VerificationError where one is missing or was cut.
+    """
     folder = layout.artifact(merged.version)
     if job.storage.is_local:
+        artifact.check_sizes(job.storage, folder, merged.files)
         yield Path(job.storage.at(folder))
         return
-    with scratch(job) as copy:
-        for name in merged.files:
-            job.storage.fetch(f"{folder}/{name}", copy / name)
+    with scratch(job.scratch_parent) as copy:
+        for name, file in merged.files.items():
+            artifact.fetch_file(job.storage, f"{folder}/{name}", file, copy / name)
         yield copy
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from pipeline import __version__
 from pipeline.ann.drift import Verdict
-from pipeline.artifacts.artifact import MANIFEST, read_manifest, verify_file
+from pipeline.artifacts.artifact import MANIFEST, check_sizes, read_manifest, verify_file
 from pipeline.embed.coverage import Coverage
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint, sha256
@@ -56,10 +56,8 @@ def usable_live(job: Job) -> ArtifactManifest | None:
     """The live artifact, or None where there is none or it is damaged: then it is built anew, which ``say`` tells."""
     try:
         manifest = live_artifact(job.storage)
-        for name, file in manifest.all_files.items() if manifest else ():
-            path = f"{layout.artifact(manifest.version)}/{name}" if manifest else ""
-            if job.storage.size(path) != file.size_bytes:
-                raise VerificationError(f"{job.storage.at(path)}: missing or of another size than its manifest says")
+        if manifest:
+            check_sizes(job.storage, layout.artifact(manifest.version), manifest.all_files)
     except VerificationError as error:
         job.say(Event("publish", f"the live artifact is damaged and will be built anew: {error}"))
         return None
@@ -72,13 +70,13 @@ def live_artifact(storage: Storage) -> ArtifactManifest | None:
     An artifact that was measured again since comes with its last measurement.
     """
     entry = Log(storage).refresh().live
-    return committed_artifact(storage, entry) if entry else None
+    return committed_artifact(storage, entry) if entry and entry.artifact else None
 
 
-def committed_artifact(storage: Storage, entry: LogEntry) -> ArtifactManifest | None:
+def committed_artifact(storage: Storage, entry: LogEntry) -> ArtifactManifest:
     """Manifest of the artifact that a commit names, its hash checked; VerificationError where it is not that one."""
     if entry.artifact is None:
-        return None
+        raise VerificationError(f"{storage.uri}: commit {entry.number} names no artifact; restore log/")
     path = f"{layout.artifact(entry.artifact)}/{MANIFEST}"
     try:
         data = storage.read(path)

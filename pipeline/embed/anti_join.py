@@ -7,6 +7,7 @@ the snapshot and one over the store; then range by range is joined. What is kept
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ def missing_passages(
     folder: str,
     records: Sequence[Record],
     *,
-    scratch: str | None = None,
+    scratch: Path | None = None,
     keys_at_once: int = KEYS_AT_ONCE,
 ) -> list[Missing]:
     """For each part its rows that count and whose key is in no shard and in no quarantine; the first of each key.
@@ -85,7 +86,7 @@ _Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 class _Dealt:
     """Sorted keys of files, dealt out to a scratch file for each range of keys."""
 
-    def __init__(self, stack: ExitStack, scratch: str | None, bounds: Sequence[bytes | None]) -> None:
+    def __init__(self, stack: ExitStack, scratch: Path | None, bounds: Sequence[bytes | None]) -> None:
         self._bounds = np.array([bound for bound in bounds if bound is not None], dtype=KEY_DTYPE)
         self._files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in bounds]  # noqa: SIM115 - they are
         self._cuts: list[npt.NDArray[np.int64]] = []

@@ -10,7 +10,7 @@ from pipeline.ingest.quarantine import put_quarantine
 from pipeline.ingest.snapshot import ceiling, live_keys, parts
 from pipeline.root.job import Event, Job
 from pipeline.root.manifest import SnapshotManifest
-from pipeline.root.shards import KEY_DTYPE, Keys, is_among
+from pipeline.root.shards import Keys, is_among
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,25 @@ class Coverage:
     left_out: Keys
 
 
+def covered(job: Job, snapshot: SnapshotManifest) -> Coverage:
+    """What an index of the snapshot covers, by what the embedding store says of the job's encoder. Writes nothing."""
+    left_out = quarantined_keys(job.embeddings, job.embedding_folder, job.embedding_records())
+    if len(left_out):
+        left_out = left_out[is_among(left_out, live_keys(job.storage, parts(job.storage, snapshot)))]
+    return Coverage(snapshot, left_out)
+
+
 def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
-    """What an index of the snapshot covers; whatever it does not goes to the quarantine of the run.
+    """What ``covered`` says; whatever is not goes to the quarantine of the run.
 
     Raises DataError when more passages are left out than the config accepts, or all. Those that are read together count as one.
     """
-    records, total, left_out = job.embedding_records(), 0, np.empty(0, dtype=KEY_DTYPE)
-    if any(record.rejected for record in records):
-        live = live_keys(job.storage, parts(job.storage, snapshot))
-        found = quarantined_keys(job.embeddings, job.embedding_folder, records)
-        total, left_out = len(live), found[is_among(found, live)]
+    coverage = covered(job, snapshot)
+    left_out = coverage.left_out
     rejected, skipped = snapshot.counts["rejected"], snapshot.counts["skipped_files"]
     where = put_quarantine(job, snapshot, left_out) if rejected or skipped or len(left_out) else ""
     if len(left_out):
+        total = len(covered_keys(job, coverage)) + len(left_out)
         counts = f"{total} passages = {total - len(left_out)} with a vector + {len(left_out)} quarantined"
         job.say(Event("embed", f"{counts}, see {where}"))
         most = ceiling(job.config.corpus, total)
@@ -44,7 +50,7 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
             )
     elif where:
         job.say(Event("embed", f"what was rejected, {rejected} rows and {skipped} files, is in {where}"))
-    return Coverage(snapshot, left_out)
+    return coverage
 
 
 def covered_keys(job: Job, coverage: Coverage) -> Keys:

@@ -16,7 +16,7 @@ from pipeline.encoding.model import EncoderSpec
 from pipeline.encoding.tokenizer import TextTokenizer
 from pipeline.encoding.windows import Spans, context_tokens, document_tokens
 from pipeline.root import layout
-from pipeline.root.shards import KEY_DTYPE, ROW_GROUP_ROWS, Keys, keys_of, open_parquet
+from pipeline.root.shards import KEY_DTYPE, ROW_GROUP_ROWS, Keys, keys_of, read_row_groups
 from pipeline.root.storage import Storage
 
 Counts = npt.NDArray[np.int32]
@@ -128,6 +128,5 @@ def _read_rows(storage: Storage, pick: Pick, columns: list[str]) -> Any:
     rows = np.concatenate([np.arange(first, end) for first, end in pick.runs])
     groups = np.unique(rows // ROW_GROUP_ROWS)
     starts = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
-    with open_parquet(storage, layout.PASSAGES, pick.file) as parquet:
-        table = parquet.read_row_groups([int(group) for group in groups], columns=columns)
+    table = read_row_groups(storage, layout.PASSAGES, pick.file, columns, groups.tolist())
     return table.take(starts + rows % ROW_GROUP_ROWS)

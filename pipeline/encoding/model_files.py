@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, EncoderError
+from pipeline.fingerprint import sha256_file
 
 IDENTITY_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".py"}
 FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
@@ -30,7 +31,10 @@ def locate(model: str, revision: str | None, keys: tuple[str, str] = ENCODER_KEY
     key, revision_key = keys
     if model.startswith("package:"):
         package, _, folder = model.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package)
+        try:
+            found = importlib.util.find_spec(package)
+        except (ImportError, ValueError):  # of a package inside one that is not there, or of none
+            found = None
         if found is None or found.origin is None:
             raise ConfigError(f"{key}: {model}: package {package} is not installed; pip install it")
         return Path(found.origin).parent / folder
@@ -93,8 +97,7 @@ def hash_files(folder: str) -> str:
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         if file.is_file() and file.suffix in IDENTITY_SUFFIXES and not FOREIGN_FOLDERS & set(relative.parts):
-            with file.open("rb") as handle:
-                total.update(f"{relative.as_posix()}:{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{relative.as_posix()}:{sha256_file(file)}\n".encode())
     return total.hexdigest()
 
 

@@ -50,15 +50,12 @@ class TextTokenizer:
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens with special tokens, not cut; a text cut before tokenizing counts as ``max_tokens + 1`` at least."""
         return [
-            len(encoding.ids) if len(text) <= self._head_chars else self._count_long(text)
+            len(encoding.ids) if len(text) <= self._head_chars else len(self._long_ids(text))
             for text, encoding in zip(texts, self._encode([text[: self._head_chars] for text in texts]), strict=True)
         ]
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
         return self._tokenizer.encode_batch_fast(texts, add_special_tokens=not self.is_static)
-
-    def _count_long(self, text: str) -> int:
-        return len(self._long_ids(text))
 
     def _cut(self, text: str, encoding: Encoding) -> list[int]:
         ids = encoding.ids if len(text) <= self._head_chars else self._long_ids(text)

@@ -228,11 +228,6 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def threads() -> int:
-    """CPU threads that torch uses."""
-    return torch.get_num_threads()
-
-
 def matmul_rate(precision: str) -> float:
     """FLOP/s of a large square matrix product here, the best of several."""
     device = "cuda" if has_cuda() else "cpu"
@@ -252,7 +247,7 @@ def matmul_rate(precision: str) -> float:
 
 def device_name() -> str:
     """What encodes here, in words."""
-    return torch.cuda.get_device_name() if has_cuda() else f"CPU, {threads()} threads"
+    return gpu_name() if has_cuda() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def load_plain(spec: EncoderSpec, folder: ModelFolder, precision: str) -> Any:

@@ -143,7 +143,7 @@ def normalise(text: str) -> str:
 
 
 def _doc_id(value: Any, column: str) -> str:
-    if value is None or value == "":
+    if value is None or value in ("", b""):
         raise BadRowError("E_NULL_ID", f"column {column!r} is empty; every row needs an id")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -170,13 +170,18 @@ def _text(value: Any, column: str) -> str:
 
 def _packed(metadata: dict[str, Any]) -> str:
     try:
-        packed = json.dumps(metadata, ensure_ascii=False, default=str, allow_nan=False)
+        packed = json.dumps(metadata, ensure_ascii=False, default=_plain, allow_nan=False)
         packed.encode()
     except UnicodeEncodeError as error:
         raise BadRowError("E_UTF8", f"metadata is not UTF-8 at character {error.start}") from error
     except ValueError as error:
         raise BadRowError("E_TYPE", "metadata holds NaN or Infinity, which JSON has no form for") from error
     return packed
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no form for; a column of strings may come as bytes."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def text_head(data: bytes) -> str:

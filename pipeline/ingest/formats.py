@@ -30,7 +30,7 @@ from pipeline.ingest.slices import (
     opened,
     require,
 )
-from pipeline.root.storage import Storage
+from pipeline.root.storage import Storage, is_of_bytes
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20
@@ -155,7 +155,7 @@ def _lines(handle: BinaryIO, part: Slice) -> Iterator[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
         raise BadFileError(f"{part.uri}: E_COMPRESSION, {error}; compress the file again") from error
     except OSError as error:
-        if not part.uri.endswith(COMPRESSION_ENDINGS):
+        if not (is_of_bytes(error) and part.uri.endswith(COMPRESSION_ENDINGS)):
             raise
         raise BadFileError(f"{part.uri}: E_COMPRESSION, {error}; compress the file again") from error
 

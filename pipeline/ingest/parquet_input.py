@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.config import StoreConfig
 from pipeline.errors import BadFileError
 from pipeline.ingest.slices import Columns, Rows, Slice, check_expansion, opened, require
+from pipeline.root.storage import is_of_bytes
 
 BATCH_ROWS = 1024
 EXTENSION = b"ARROW:extension:name"
@@ -53,16 +54,23 @@ def read_parquet(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
                     yield number, dict(zip(names, row, strict=True))
                     number += 1
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and not is_of_bytes(error):
+                raise
             found = f"after row {number}, {error}; write the file again"
             raise BadFileError(f"{part.uri}: E_PARQUET_CORRUPT, {found}") from error
 
 
 def _python_values(column: Any) -> list[Any]:
-    """Python values; strings come as bytes where one of them is not UTF-8, so that the row is found, not the file lost."""
+    """Python values; strings come as bytes where one of them is not UTF-8, so that the row is found, not the file lost.
+
+    Moments that Python has no type for come as Arrow writes them.
+    """
     try:
         return cast(list[Any], column.to_pylist())
     except UnicodeDecodeError:
         return cast(list[Any], column.cast(pa.large_binary()).to_pylist())
+    except (OverflowError, ValueError):
+        return cast(list[Any], column.cast(pa.string()).to_pylist())
 
 
 def _parquet(handle: BinaryIO, part: Slice) -> Any:
@@ -77,6 +85,8 @@ def _parquet(handle: BinaryIO, part: Slice) -> Any:
             raise BadFileError(f"{part.uri}: E_UNSUPPORTED, {found}")
         return pq.ParquetFile(handle, metadata=metadata, page_checksum_verification=True)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and not is_of_bytes(error):
+            raise
         handle.seek(0)
         head = handle.read(4)
         found = " ".join(str(error).split())

@@ -29,7 +29,7 @@ def put_quarantine(job: Job, snapshot: SnapshotManifest, left_out: Keys | None =
     Holds the rejected rows of one ingest unit at a time.
     """
     path = layout.run(job.run_id, FILE)
-    with scratch(job) as folder:
+    with scratch(job.scratch_parent) as folder:
         with pq.ParquetWriter(folder / FILE, REJECTED_SCHEMA, compression="zstd") as writer:
             for table in rejected_tables(job.storage, snapshot):
                 writer.write_table(table.cast(REJECTED_SCHEMA))

@@ -110,7 +110,7 @@ def opened(part: Slice, store: StoreConfig) -> Iterator[BinaryIO]:
     """The file of a slice, which must be the one that was listed: looked at when it has been read, or could not be."""
     storage, name = file_at(part.uri, store)
     try:
-        with storage.open(name) as handle:
+        with storage.explained("read", name), storage.open(name) as handle:
             yield handle
     except FileNotFoundError as error:
         raise BadFileError(f"{part.uri}: E_INPUT_CHANGED, it is gone since it was listed; run again") from error

@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.config_what import CorpusConfig
 from pipeline.errors import ConfigError, DataError, VerificationError
 from pipeline.fingerprint import fingerprint
-from pipeline.ingest.documents import Resolution
+from pipeline.ingest.documents import FATES, Resolution
 from pipeline.ingest.ingestion import COUNTS, REJECTED_SCHEMA
 from pipeline.root import layout
 from pipeline.root.manifest import ArtifactManifest, DataFile, InputFile, Record, SnapshotManifest, load, put_data, to_bytes
@@ -60,7 +60,7 @@ def put_snapshot(
     records = [record for generation in generations for record in generation]
     counts = {name: sum(record.counts.get(name, 0) for record in records) for name in COUNTS}
     counts |= {name: counts.get(name, 0) + count for name, count in found.counts.items()}
-    settled = sum(counts.get(name, 0) for name in ("documents", "rejected", "duplicates", "replaced", "deleted"))
+    settled = sum(counts.get(name, 0) for name in FATES)
     if counts["rows"] != settled:
         raise AssertionError(f"snapshot {name}: rows in {counts['rows']} != rows accounted for {settled}, {counts}")
     masked = rejected = None
@@ -147,8 +147,10 @@ def parts(storage: Storage, snapshot: SnapshotManifest) -> list[Part]:
     masked: dict[str, npt.NDArray[np.int64]] = {}
     if snapshot.masked:
         table = read_columns(storage, layout.SNAPSHOTS, snapshot.masked, MASKED_SCHEMA.names)
-        names, rows = np.array(table.column("part").to_pylist()), table.column("row").to_numpy()
-        masked = {name: np.sort(rows[names == name]) for name in np.unique(names)}
+        names, rows = table.column("part").combine_chunks().dictionary_encode(), table.column("row").to_numpy()
+        places = names.indices.to_numpy()
+        by_part = np.split(rows[np.argsort(places, kind="stable")], np.cumsum(np.bincount(places))[:-1])
+        masked = {name: np.sort(own) for name, own in zip(names.dictionary.to_pylist(), by_part, strict=True)}
     none = np.empty(0, dtype=np.int64)
     records = chain.from_iterable(unit_records(storage, snapshot))
     found = [Part(file, masked.get(file.name, none)) for record in records for file in record.files]
@@ -184,9 +186,10 @@ def grown(
 ) -> tuple[list[tuple[InputFile, str]], tuple[tuple[str, ...], ...]]:
     """For a corpus that only grows: the files that no earlier generation has read, and those generations.
 
-    Raises ConfigError when what was read before must be read in another way and is not there any more.
+    A run with a limit has read less than all its files. Raises ConfigError when what was read before must be read in another
+    way and is not there any more.
     """
-    if earlier is None:
+    if earlier is None or earlier.limit is not None:
         return list(chosen), ()
     if earlier.read_by == read_by:
         known = {(file.uri, file.content) for file in earlier.files}

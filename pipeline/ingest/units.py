@@ -58,13 +58,16 @@ def identify_files(config: Config, known: Iterable[InputFile] = ()) -> CorpusFil
     A local file whose size and modification time are those of ``known`` is not hashed again.
     """
     seen = {(file.uri, file.size_bytes, file.stamp): file.content for file in known}
+    chosen, ignored = find_files(config)
+    return CorpusFiles([(_identified(info, seen), file_format) for info, file_format in chosen], ignored)
+
+
+def find_files(config: Config) -> tuple[list[tuple[FileInfo, str]], tuple[str, ...]]:
+    """The corpus files as they are listed, each with its format, and the URIs of the listed files that are none of it."""
     listed = list_files(config.corpus.uri, config.store)
     chosen = choose_files([file for file in listed if not file.hidden], config.corpus)
     taken = {file.uri for file, _ in chosen}
-    return CorpusFiles(
-        [(_identified(info, seen), file_format) for info, file_format in chosen],
-        tuple(file.uri for file in listed if file.uri not in taken),
-    )
+    return chosen, tuple(file.uri for file in listed if file.uri not in taken)
 
 
 def deletes_config(config: Config) -> Config:
@@ -80,7 +83,7 @@ def plan_units(files: Sequence[tuple[InputFile, str]], config: Config, space: st
     Small files go to buckets by the hash of their URI, so that one changed file redoes one bucket.
     """
     small = [(file, kind) for file, kind in files if file.size_bytes < SMALL_BYTES]
-    buckets = 1 << max(0, (sum(file.size_bytes for file, _ in small) // SMALL_BYTES).bit_length())
+    buckets = 1 << (sum(file.size_bytes for file, _ in small) // SMALL_BYTES).bit_length()
     packed: dict[int, list[Slice]] = {}
     units: list[tuple[Slice, ...]] = []
     for file, kind in files:

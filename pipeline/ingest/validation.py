@@ -8,19 +8,20 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.errors import BadFileError
-from pipeline.ingest.corpus import RejectedRow, choose_files, read_documents, read_ids
+from pipeline.ingest.corpus import RejectedRow, read_documents, read_ids
 from pipeline.ingest.documents import CONFLICT, FATES, Occurrences, deleted_keys
-from pipeline.ingest.listing import FileInfo, list_files
+from pipeline.ingest.listing import FileInfo
 from pipeline.ingest.passages import passage_key
 from pipeline.ingest.slices import Slice
 from pipeline.ingest.snapshot import ceiling
+from pipeline.ingest.units import deletes_config, find_files
 from pipeline.root.manifest import InputFile
 from pipeline.root.shards import KEY_DTYPE
 
 
 @dataclass
 class Validation:
-    """What there is: rows by what would become of them, problems by code, the first rejected rows, files left out.
+    """What there is: rows by what would become of them, problems by code, all rejected rows, files left out.
 
     ``bad_files`` stop a run unless ``corpus.on_error`` says to skip them.
     """
@@ -41,10 +42,8 @@ class Validation:
 
 def validate(config: Config, *, each_file: Callable[[int, int], None] = lambda done, total: None) -> Validation:
     """Read the whole corpus as ingest would. Rows of one id are compared across all files."""
-    listed = list_files(config.corpus.uri, config.store)
-    chosen = choose_files([file for file in listed if not file.hidden], config.corpus)
-    taken = {file.uri for file, _ in chosen}
-    found = Validation(len(chosen), tuple(file.uri for file in listed if file.uri not in taken))
+    chosen, ignored = find_files(config)
+    found = Validation(len(chosen), ignored)
     seen = _Seen()
     for number, (file, kind) in enumerate(chosen):
         try:
@@ -106,9 +105,9 @@ def _resolve(config: Config, uris: list[str], found: Validation, seen: _Seen) ->
     corpus = config.corpus
     deleted = deleted_keys(())
     if corpus.deletes:
-        chosen = choose_files(list_files(corpus.deletes, config.store), corpus.model_copy(update={"format": "auto"}))
         files = [
-            (InputFile(uri=info.uri, size_bytes=info.size_bytes, stamp=info.stamp, content=""), kind) for info, kind in chosen
+            (InputFile(uri=info.uri, size_bytes=info.size_bytes, stamp=info.stamp, content=""), kind)
+            for info, kind in find_files(deletes_config(config))[0]
         ]
         deleted = deleted_keys(read_ids(files, corpus, config.store))
     document, text = (np.frombuffer(bytes(keys), dtype=KEY_DTYPE) for keys in (seen.document, seen.text))

@@ -24,9 +24,11 @@ from pipeline.ingest.snapshot import MASKED_SCHEMA, live_keys, parts, snapshot_o
 from pipeline.operations import upkeep
 from pipeline.operations.compaction import Store
 from pipeline.root import layout
-from pipeline.root.job import new_run_id
+from pipeline.root.job import embedding_store, new_run_id
+from pipeline.root.journal import RunState
 from pipeline.root.log import writing
-from pipeline.root.manifest import DataFile, Record, SnapshotManifest, list_records, put_data, to_bytes
+from pipeline.root.manifest import DataFile, Record, SnapshotManifest, list_records, load, put_data, to_bytes
+from pipeline.root.result import RunResult
 from pipeline.root.shards import KEY_DTYPE, Keys, is_among, keys_of, parquet_bytes, read_columns
 from pipeline.root.storage import Storage, Stored
 from pipeline.search.document_files import walked
@@ -50,7 +52,7 @@ def purge(config: Config, doc_ids: Collection[str], say: Callable[[str], None] =
     again, also after it was killed.
     """
     storage = Storage(config.root, config.store)
-    shared = Storage(config.store.embeddings or storage.at(layout.EMBEDDINGS), config.store)
+    shared = embedding_store(storage, config)
     ids, id_keys = pa.array(sorted(set(doc_ids)), pa.string()), deleted_keys(doc_ids)
     with writing(storage, new_run_id(), config.compute.lease_ttl_s, say) as lease:
         snapshot = snapshot_of(storage, publish.require_live(storage))
@@ -178,10 +180,19 @@ def _without(storage: Storage, record: Record, ids: Any, id_keys: Keys, masked: 
 
 
 def _erase_told(storage: Storage, doc_ids: Collection[str]) -> None:
-    """Delete what runs said that names one of the documents: the first rejected rows stand in the error of a run."""
+    """Erase what runs said that may name one of the documents; how they ended, and what they measured, stays.
+
+    An error begins with the first rejected rows, and is cut off somewhere, so every one goes.
+    """
     for file in storage.walk(layout.RUNS):
-        if file.path.endswith(".json") and any(doc_id.encode() in storage.read(file.path) for doc_id in doc_ids):
-            storage.delete(file.path)
+        if file.path.endswith("/result.json"):
+            result = load(RunResult, storage, file.path)
+            if result and result.error:
+                storage.put(file.path, to_bytes(result.model_copy(update={"error": None})))
+        elif file.path.split("/")[2] == layout.EVENTS and (state := load(RunState, storage, file.path)):
+            told = [state.why, *(stage.message for stage in state.stages)]
+            if any(doc_id in text for doc_id in doc_ids for text in told):
+                storage.delete(file.path)
 
 
 def _put_snapshot(storage: Storage, snapshot: SnapshotManifest, records: list[Record], masked: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ Nothing is read that the run would not read anyway but for a few records; what n
 
 from dataclasses import dataclass
 
-from pipeline.ann.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes
+from pipeline.ann.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes, is_coded
 from pipeline.artifacts.key_merge import LIBRARY_BYTES
-from pipeline.config import ComputeConfig, Config
+from pipeline.config import Config
 from pipeline.root import layout
 from pipeline.root.job import Job
 from pipeline.root.manifest import Document, Record, load, to_bytes
-from pipeline.root.shards import KEY_BYTES, ROW_GROUP_ROWS
+from pipeline.root.shards import AHEAD_BYTES, KEY_BYTES, ROW_GROUP_ROWS
+from pipeline.root.storage import uri_scheme
 
 PLAN = "plan.json"
 RATE_RECORDS = 8
@@ -95,23 +96,25 @@ def sizes(config: Config, plan: IndexPlan, ahead: Ahead, dim: int) -> dict[str, 
     words = LEXICAL_TOKEN_BYTES * ahead.tokens if config.index.lexical else 0.0
     columns = len(config.corpus.metadata)
     metadata = rows * (ID_BYTES + METADATA_BYTES * columns) if columns else 0
-    rescored = vectors // 2 + 4 * rows if config.index.rescore == "int8" else 0
+    rescored = vectors // 2 + 4 * rows if config.index.rescore == "int8" and is_coded(plan.kind) else 0
     return {
         "embedding_bytes": vectors + KEY_BYTES * rows,
         "artifact_bytes": round(vectors + rescored + size + SHOWN_BYTES * ahead.document_bytes + words + metadata),
         "index_bytes": size,
-        "merge_memory_bytes": round(_merge_bytes(plan, ahead, dim, config.compute)),
+        "merge_memory_bytes": round(_merge_bytes(plan, ahead, dim, config)),
     }
 
 
-def _merge_bytes(plan: IndexPlan, ahead: Ahead, dim: int, compute: ComputeConfig) -> float:
+def _merge_bytes(plan: IndexPlan, ahead: Ahead, dim: int, config: Config) -> float:
     """What a merge is expected to take: libraries, a row group of every shard, then an index file in the making."""
     passages, shard = ahead.passages, ahead.unit_passages
     size = index_bytes(plan, passages, dim)
     copies = PACKED_COPIES if plan.kind in PACKED else PLAIN_COPIES
-    part = min(size, (compute.merge_memory - LIBRARY_BYTES) / MERGE_COPIES)
+    part = min(size, (config.compute.merge_memory - LIBRARY_BYTES) / MERGE_COPIES)
     rows = passages * min(ROW_GROUP_ROWS, shard) / shard
-    groups = rows * (2 * dim + KEY_BYTES) + (0 if plan.kind == "flat" else size * rows / max(1, passages))
+    groups = rows * (2 * dim + KEY_BYTES) + (size * rows / max(1, passages) if is_coded(plan.kind) else 0)
+    if uri_scheme(config.root) != "file":
+        groups = 2 * groups + AHEAD_BYTES * (1 + is_coded(plan.kind)) * passages / shard
     return LIBRARY_BYTES + PASSAGE_BYTES * passages + max(groups, copies * part)
 
 

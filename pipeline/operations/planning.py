@@ -3,12 +3,10 @@
 Nothing is written. Estimates say what they were made from.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +18,7 @@ from pipeline.encoding.batching import lengths_of, pack_batches
 from pipeline.encoding.model import EncoderSpec
 from pipeline.encoding.numerics import cpu_threads, machine_name, on_gpu
 from pipeline.encoding.tokenizer import TextTokenizer
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.ingest.corpus import RejectedRow, SourceDocument, read_documents, read_ids
 from pipeline.ingest.documents import deleted_keys, resolve
 from pipeline.ingest.formats import count_rows
@@ -31,7 +29,7 @@ from pipeline.ingest.snapshot import Part, live_keys, parts, put_snapshot
 from pipeline.ingest.units import IngestUnit, count_done, deletes_config, identify_files, plan_units
 from pipeline.operations.forecast import Ahead, Rate, learned_rate, sizes
 from pipeline.root import layout
-from pipeline.root.job import Job
+from pipeline.root.job import Job, scratch
 from pipeline.root.manifest import InputFile
 from pipeline.root.shards import keys_of, parquet_bytes, read_columns
 from pipeline.root.storage import Storage
@@ -68,7 +66,6 @@ class Plan:
     index: IndexPlan
     index_bytes: int
     merge_memory_bytes: int
-    search_memory_bytes: int
     tokens_per_s: float
     rate_source: str
     encode_s: float
@@ -139,7 +136,6 @@ def make_plan(job: Job, calibrate: Callable[[Sequence[str]], float], *, full: bo
         encode_s=counted.tokens * counted.distinct / max(1, counted.passages) / rate.tokens_per_s,
         encoder=f"{job.spec.model}, {job.spec.precision}",
         dim=job.spec.dim,
-        search_memory_bytes=made["index_bytes"],
         **made,
     )
 
@@ -170,11 +166,8 @@ def _sampled(job: Job, units: Sequence[IngestUnit]) -> Counted:
 def _all(job: Job, units: Sequence[IngestUnit], files: Sequence[InputFile]) -> Counted:
     """What ingest makes of the corpus, in a scratch folder that goes again."""
     corpus = job.config.corpus
-    scratch = job.config.compute.scratch
-    if scratch and not Path(scratch).is_dir():
-        raise ConfigError(f"compute.scratch: {scratch}: no such folder; make it or unset it")
-    with tempfile.TemporaryDirectory(prefix="vecmill-plan-", dir=scratch) as folder:
-        storage = Storage(folder)
+    with scratch(job.config.compute.scratch) as folder:
+        storage = Storage(str(folder))
         splitter = _splitter(job)
         records = [ingest_unit(unit, job.config, splitter, storage) for unit in units]
         deletes = identify_files(deletes_config(job.config)).chosen if corpus.deletes else ()

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import SecretStr
 
 import pipeline
-from pipeline.config import Config
+from pipeline.config import Config, S3Config
 from pipeline.config_file import dump_config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
@@ -46,9 +46,8 @@ def portable(config: Config) -> str:
     return dump_config(values)
 
 
-def secret_environment(config: Config) -> dict[str, str]:
+def secret_environment(s3: S3Config) -> dict[str, str]:
     """The store's keys as every S3 client takes them from its environment; empty where the config has none."""
-    s3 = config.store.s3
     if not (s3.key and s3.secret):
         return {}
     return {"AWS_ACCESS_KEY_ID": s3.key.get_secret_value(), "AWS_SECRET_ACCESS_KEY": s3.secret.get_secret_value()}

@@ -1,5 +1,6 @@
 """What a root needs besides runs: going back to an earlier artifact, and giving up files that nothing needs."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -7,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.artifacts import publish
-from pipeline.artifacts.artifact import MANIFEST, read_manifest, verify, verify_file
+from pipeline.artifacts.artifact import MANIFEST, read_manifest, verify
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.ingest.snapshot import live_keys, parts, snapshot_of
 from pipeline.operations import compaction
 from pipeline.root import layout
-from pipeline.root.job import new_run_id
+from pipeline.root.job import embedding_store, new_run_id
 from pipeline.root.log import Log, LogEntry, writing
-from pipeline.root.manifest import ArtifactManifest, Evaluation, Record, SnapshotManifest, TrainedManifest, list_records, load
+from pipeline.root.manifest import ArtifactManifest, Record, SnapshotManifest, TrainedManifest, list_records, load
 from pipeline.root.result import remembered
 from pipeline.root.shards import Keys, is_among, read_keys
 from pipeline.root.storage import Storage, Stored
@@ -47,11 +48,8 @@ def rollback(config: Config, to: str | None, say: "Callable[[str], None]" = lamb
     storage = Storage(config.root, config.store)
     with writing(storage, new_run_id(), config.compute.lease_ttl_s, say) as lease:
         entry = _target(storage, Log(storage).refresh(), to)
-        manifest = verify(storage, layout.artifact(str(entry.artifact)))
-        if entry.evaluation is not None:
-            path = layout.run(entry.run, entry.evaluation.name)
-            verify_file(storage, path, entry.evaluation)
-            manifest = manifest.model_copy(update={"evaluation": load(Evaluation, storage, path)})
+        verify(storage, layout.artifact(str(entry.artifact)))
+        manifest = publish.committed_artifact(storage, entry)
         publish.commit(lease, storage, manifest, measured_again=entry.evaluation is not None)
         return manifest
 
@@ -87,11 +85,14 @@ def collect_held(
 ) -> Collected:
     """``collect`` by a caller who holds the root under ``epoch``; None: only tell what would go."""
     log = Log(storage).refresh()
-    commits = _last_commits(log, keep)
-    found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
     files = storage.walk()
-    needed = {*_needed(storage, commits), *_told(log, commits, files), *remembered(storage)}
-    now = max((file.modified_s for file in files), default=0.0)  # an entry of the log at the latest
+    commits = _last_commits(log, keep, {file.path for file in files})
+    found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
+    embeddings = embedding_store(storage, config)
+    needed = {*_needed(storage, embeddings, commits), *_told(log, commits, files), *remembered(storage)}
+    now = max((file.modified_s for file in files), default=0.0)  # our own entry of the log at the latest
+    if epoch is None:  # which makes none
+        now = max(now, time.time())
     shared = config.store.embeddings is not None
     doomed = [
         file
@@ -105,13 +106,13 @@ def collect_held(
         if epoch is not None:
             storage.delete(file.path)
     if compact:
-        old = {file.path for file in files if file.modified_s < now - grace_s}
-        _compact(storage, config, commits, old, found, write=epoch is not None)
+        old = {file.path for file in files if file.path in needed and file.modified_s < now - grace_s}
+        _compact(storage, embeddings, commits, old, found, write=epoch is not None)
     return found
 
 
 def _compact(
-    storage: Storage, config: Config, commits: list[LogEntry], old: set[str], found: Collected, *, write: bool
+    storage: Storage, embeddings: Storage, commits: list[LogEntry], old: set[str], found: Collected, *, write: bool
 ) -> None:
     """Compact the shards of each encoder that kept artifacts have; those younger than the grace period stay as they are."""
     live: dict[str, Keys] = {}
@@ -122,7 +123,7 @@ def _compact(
         encoder = str(manifest.encoder["fingerprint"])
         live[encoder] = np.union1d(live[encoder], keys) if encoder in live else keys
     for encoder, keys in live.items():
-        store = compaction.Store(storage, Storage(storage.at(layout.EMBEDDINGS), config.store), encoder)
+        store = compaction.Store(storage, embeddings, encoder)
         records = [record for record in store.records() if f"{layout.EMBEDDINGS}/{encoder}/{record.unit}.json" in old]
         for shards in compaction.plan(store, keys, records):
             found.shards_before += len(shards)
@@ -144,16 +145,19 @@ def _is_collected(file: Stored, before_s: float, epoch: int | None, *, with_embe
     return folder in COLLECTED and (with_embeddings or folder != layout.EMBEDDINGS) and file.modified_s < before_s
 
 
-def _last_commits(log: Log, keep: int) -> list[LogEntry]:
-    """The last commit of each of the last ``keep`` artifacts that were live, latest first."""
+def _last_commits(log: Log, keep: int, there: set[str]) -> list[LogEntry]:
+    """The last commit of the live artifact and of each of the last that were live and are still there, ``keep`` in all."""
     found: dict[str, LogEntry] = {}
     for entry in log.backwards():
-        if entry.kind == "commit" and entry.artifact and len(found) < keep:
+        if len(found) == keep:
+            break
+        manifest = f"{layout.artifact(str(entry.artifact))}/{MANIFEST}"
+        if entry.kind == "commit" and entry.artifact and (not found or manifest in there):
             found.setdefault(entry.artifact, entry)
     return list(found.values())
 
 
-def _needed(storage: Storage, commits: list[LogEntry]) -> Iterator[str]:
+def _needed(storage: Storage, embeddings: Storage, commits: list[LogEntry]) -> Iterator[str]:
     """Paths of every file that these commits need, to be searched, rolled back to, or brought up to date."""
     for entry in commits:
         folder = layout.artifact(str(entry.artifact))
@@ -161,7 +165,7 @@ def _needed(storage: Storage, commits: list[LogEntry]) -> Iterator[str]:
         manifest = read_manifest(storage.read(f"{folder}/{MANIFEST}"), storage.at(folder))
         yield from (f"{folder}/{name}" for name in manifest.all_files)
         yield from _snapshot_files(storage, manifest.snapshot)
-        yield from _shard_files(storage, manifest)
+        yield from _shard_files(storage, embeddings, manifest)
 
 
 def _told(log: Log, commits: list[LogEntry], files: list[Stored]) -> Iterator[str]:
@@ -187,7 +191,7 @@ def _snapshot_files(storage: Storage, name: str) -> Iterator[str]:
                 yield from _record_files(layout.PASSAGES, record)
 
 
-def _shard_files(storage: Storage, manifest: ArtifactManifest) -> Iterator[str]:
+def _shard_files(storage: Storage, embeddings: Storage, manifest: ArtifactManifest) -> Iterator[str]:
     """The trained index, and every shard that has a passage of the artifact."""
     folder = layout.trained(manifest.index.trained)
     yield f"{folder}/manifest.json"
@@ -195,11 +199,11 @@ def _shard_files(storage: Storage, manifest: ArtifactManifest) -> Iterator[str]:
     if trained and trained.file:
         yield f"{folder}/{trained.file.name}"
     live = live_keys(storage, parts(storage, snapshot_of(storage, manifest)))
-    store, shards = f"{layout.EMBEDDINGS}/{manifest.encoder['fingerprint']}", layout.index_shards(manifest.index.trained)
-    for record in list_records(storage, store).values():
+    encoder, shards = str(manifest.encoder["fingerprint"]), layout.index_shards(manifest.index.trained)
+    for record in list_records(embeddings, encoder).values():
         files = (file for file in (*record.files, record.rejected) if file)
-        if any(is_among(read_keys(storage, store, file), live).any() for file in files):
-            yield from _record_files(store, record)
+        if any(is_among(read_keys(embeddings, encoder, file), live).any() for file in files):
+            yield from _record_files(f"{layout.EMBEDDINGS}/{encoder}", record)
             codes = load(Record, storage, f"{shards}/{record.unit}.json")
             yield from _record_files(shards, codes) if codes else ()
 

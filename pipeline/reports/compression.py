@@ -5,10 +5,8 @@ trained for them stands well), re-scored from float16, from int8, and not at all
 ``index.target_recall`` on held-out passages, so a row is what its bytes can do, not what one search found by chance.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from pipeline.client import Artifact
 from pipeline.config import Config
 from pipeline.config_what import IndexConfig
 from pipeline.errors import ConfigError
-from pipeline.root.job import Event, Say
+from pipeline.root.job import Event, Say, scratch
 from pipeline.root.manifest import OperatingPoint, Values
 from pipeline.search.document_files import Documents
 from pipeline.search.judgements import chosen_queries, ir_metrics, read_qrels
@@ -203,13 +201,13 @@ def _measured(config: Config, shape: dict[str, Any], cut: _Cut, whole: _Cut) -> 
     data = index.train(replace(plan, train_vectors=len(sample)), cut.vectors[sample], config.index.seed)
     codes = index.Trained(data).encode(cut.vectors, "vectors")
     made = index.merge(data, plan.kind, [(codes, np.arange(count))])
-    with tempfile.TemporaryDirectory(dir=config.compute.scratch) as scratch:
-        file = Path(scratch) / "index"
+    with scratch(config.compute.scratch) as folder:
+        file = folder / "index"
         index.write(made, file)
         opened = Parts([(file, 0, count)], dim, mapped=index.can_be_mapped(made))
-        write_int8(cut.halves, Path(scratch) / "int8")
-        rescorers = {"float16": cut.halves, "int8": Int8Vectors(Path(scratch) / "int8", dim), "none": None}
-        disk = {"float16": 2 * dim, "int8": (Path(scratch) / "int8").stat().st_size / count, "none": 0}
+        write_int8(cut.halves, folder / "int8")
+        rescorers = {"float16": cut.halves, "int8": Int8Vectors(folder / "int8", dim), "none": None}
+        disk = {"float16": 2 * dim, "int8": (folder / "int8").stat().st_size / count, "none": 0}
         for name, rescorer in rescorers.items():
             collection = Collection(opened, cut.halves, rescorer)
             chosen = operating.choose(

@@ -103,6 +103,11 @@ class Job:
     stages_s: dict[str, float] = field(default_factory=dict)
 
     @property
+    def scratch_parent(self) -> str | None:
+        """Where files in the making are: as configured, else on a local root, where they only have to be renamed."""
+        return self.config.compute.scratch or (self.storage.uri if self.storage.is_local else None)
+
+    @property
     def embedding_folder(self) -> str:
         """Folder of this encoder's shards in the embedding store."""
         return self.spec.fingerprint
@@ -143,9 +148,13 @@ def plan_job(config: Config, *, on_gpu: bool, say: Say = lambda _: None, run_id:
     backend = resolve_backend(_backend(config, folder), folder, on_gpu=on_gpu, precision=precision)
     spec, model = resolve_spec(**config.encoder_request(), precision=precision, backend=backend)
     storage = Storage(config.root, config.store)
-    store = config.store.embeddings or storage.at(layout.EMBEDDINGS)
     run = run_id or new_run_id()
-    return Job(config, spec, model, storage, Storage(store, config.store), run, Meter(run, say))
+    return Job(config, spec, model, storage, embedding_store(storage, config), run, Meter(run, say))
+
+
+def embedding_store(storage: Storage, config: Config) -> Storage:
+    """Where the embedding shards of a root are, by encoder: a folder of it, or what it shares with other roots."""
+    return Storage(config.store.embeddings or storage.at(layout.EMBEDDINGS), config.store)
 
 
 def _backend(config: Config, folder: ModelFolder) -> str:
@@ -166,12 +175,12 @@ def new_run_id() -> str:
 
 
 @contextlib.contextmanager
-def scratch(job: Job) -> Iterator[Path]:
-    """A local folder for files in the making, gone afterwards: on a local root beside their final place.
+def scratch(parent: str | None) -> Iterator[Path]:
+    """A local folder for files in the making, gone afterwards. ``parent``: the folder that it is in, None: the system's own.
 
     Raises StorageError where the block cannot write.
     """
-    parent = job.config.compute.scratch or (job.storage.uri if job.storage.is_local else tempfile.gettempdir())
+    parent = parent or tempfile.gettempdir()
     try:
         Path(parent).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent) as folder:

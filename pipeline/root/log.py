@@ -42,6 +42,11 @@ class LogEntry(Document):
     evaluation: DataFile | None = None
     parent: int | None = None
 
+    @property
+    def who(self) -> str:
+        """Who wrote it, for people."""
+        return f"{self.holder}, run {self.run}, since {self.at}"
+
 
 class Log:
     """A reader's view of the log; it remembers what it has seen and probes for the next slot.
@@ -218,13 +223,11 @@ def _wait_for_death(storage: Storage, held: LogEntry, *, next_slot: int, ttl_s: 
         if storage.exists(layout.log_entry(next_slot)):
             return
         if len(storage.list(folder)) > seen:
-            raise LockedError(
-                f"{storage.uri}: another run is writing: {held.holder}, run {held.run}, since {held.at}; wait until it ends"
-            )
+            raise LockedError(f"{storage.uri}: another run is writing: {held.who}; wait until it ends")
 
 
 def _lost(storage: Storage, mine: LogEntry, holder: LogEntry | None) -> str:
-    who = f"{holder.holder} (run {holder.run}, since {holder.at})" if holder else "a writer that has ended since"
+    who = holder.who if holder else "a writer that has ended since"
     return f"{storage.uri}: run {mine.run} lost the root to {who}; nothing was committed, run the same command again"
 
 

@@ -4,8 +4,10 @@ Keys and vectors are ``fixed_size_binary``: read as one buffer at 2.4 GB/s, wher
 (measured, pyarrow 26). All columns are non-nullable, so no row can be dropped while flattening.
 """
 
+import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,9 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StorageError, VerificationError
+from pipeline.errors import VerificationError
 from pipeline.root.manifest import DataFile
-from pipeline.root.storage import Storage
+from pipeline.root.storage import Storage, is_of_bytes
 
 KEY_BYTES = 16
 """Of the hash of a text that a passage is known by."""
@@ -23,6 +25,8 @@ Keys = npt.NDArray[np.bytes_]
 """(n,) of dtype S16: compares as the 16 bytes do. Take bytes with ``tobytes``; indexing strips trailing zeros."""
 KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
 ROW_GROUP_ROWS = 2048
+AHEAD_BYTES = 1 << 20
+"""What each of many remote files that are read forward together reads ahead at least: a request per row group or so."""
 NOTHING_MASKED = np.empty(0, dtype=np.int64)
 
 
@@ -69,17 +73,16 @@ def parquet_bytes(table: Any, *, compress: bool) -> bytes:
     return buffer.getvalue()
 
 
-def open_parquet(storage: Storage, folder: str, file: DataFile, *, ahead: bool = True) -> Any:
+def open_parquet(storage: Storage, folder: str, file: DataFile, ahead_bytes: int | None = None) -> Any:
     """A ParquetFile that checks pages as it reads; raises VerificationError when the file is not the one recorded.
 
-    ``ahead``: read all columns of a row group at once; it keeps their bytes as long as it is open (pyarrow 26).
+    ``ahead_bytes``: what a remote file that is one of many may read ahead. None: the columns of a row group are read at once,
+    whose bytes are kept as long as the file is open (pyarrow 26).
     """
     where = f"{folder}/{file.name}"
-    try:
-        handle = storage.open(where)
-        parquet = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=ahead)
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise VerificationError(f"{storage.at(where)}: not readable, {error}; delete its record and run again") from error
+    with _reading(storage, where):
+        handle = storage.open(where, ahead_bytes)
+        parquet = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=ahead_bytes is None)
     if parquet.metadata.num_rows != file.rows:
         raise VerificationError(
             f"{storage.at(where)}: {parquet.metadata.num_rows} rows, its record says {file.rows}; delete both"
@@ -95,12 +98,29 @@ def read_columns(storage: Storage, folder: str, file: DataFile, columns: Sequenc
 def read_rows(storage: Storage, folder: str, file: DataFile, columns: Sequence[str], first: int, end: int) -> Any:
     """Rows ``first`` to ``end`` of some columns, reading only the row groups that hold them."""
     groups = range(first // ROW_GROUP_ROWS, -(-end // ROW_GROUP_ROWS))
-    with open_parquet(storage, folder, file) as parquet:
-        try:
-            table = parquet.read_row_groups(list(groups), columns=list(columns))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(f"{storage.at(folder)}/{file.name}: {error}; delete it and its record, run again") from error
+    table = read_row_groups(storage, folder, file, columns, groups)
     return table.slice(first - groups.start * ROW_GROUP_ROWS, end - first)
+
+
+def read_row_groups(storage: Storage, folder: str, file: DataFile, columns: Sequence[str], groups: Iterable[int]) -> Any:
+    """Some columns of some row groups; raises VerificationError where the file is damaged."""
+    with open_parquet(storage, folder, file) as parquet, _reading(storage, f"{folder}/{file.name}"):
+        return parquet.read_row_groups(list(groups), columns=list(columns))
+
+
+@contextlib.contextmanager
+def _reading(storage: Storage, path: str) -> Iterator[None]:
+    """A block that reads a file: one that is damaged or gone is told from a storage that does not give it."""
+    try:
+        with storage.explained("read", path):
+            try:
+                yield
+            except OSError as error:
+                if is_of_bytes(error):
+                    raise pa.ArrowInvalid(str(error)) from error
+                raise
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise VerificationError(f"{storage.at(path)}: not readable, {error}; delete it and its record, run again") from error
 
 
 def read_keys(storage: Storage, folder: str, file: DataFile) -> Keys:
@@ -127,8 +147,10 @@ class Cursor:
         file: DataFile,
         columns: Sequence[str],
         masked: npt.NDArray[np.int64] = NOTHING_MASKED,
+        ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
-        self._parquet = open_parquet(storage, folder, file, ahead=False)
+        self._parquet = open_parquet(storage, folder, file, ahead_bytes)
+        self._reading = partial(_reading, storage, f"{folder}/{file.name}")
         self._columns = list(columns)
         self.schema = self._parquet.schema_arrow
         self.rows = file.rows
@@ -161,9 +183,10 @@ class Cursor:
         while self._table is None or not self._table.num_rows:
             if self._group == self._parquet.num_row_groups:
                 self._table = None
-                self._parquet.close()
+                self._parquet.close(force=True)  # else what the file has read ahead stays
                 return False
-            self._table = self._parquet.read_row_group(self._group, columns=self._columns)
+            with self._reading():
+                self._table = self._parquet.read_row_group(self._group, columns=self._columns)
             first = self._group * ROW_GROUP_ROWS
             masked = self._masked[(self._masked >= first) & (self._masked < first + ROW_GROUP_ROWS)] - first
             if len(masked):

@@ -1,9 +1,8 @@
 """What people judged: queries, qrels, and rankings measured by them with ir-measures."""
 
-import csv
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 
 import ir_measures
@@ -34,8 +33,9 @@ def read_queries(uri: str, store: StoreConfig) -> dict[str, str]:
 def read_qrels(uri: str, store: StoreConfig) -> dict[str, dict[str, int]]:
     """Judgements of a TSV file: query-id, corpus-id, score (BEIR), or TREC's four columns; a header line is skipped."""
     qrels: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(csv.reader(io.StringIO(_read_text(uri, store)), delimiter="\t"), 1):
-        if not row or (number == 1 and not row[-1].lstrip("-").isdigit()):
+    for number, line in enumerate(_read_text(uri, store).split("\n"), 1):
+        row = line.rstrip("\r").split("\t")
+        if not line.strip() or (number == 1 and not row[-1].lstrip("-").isdigit()):
             continue
         try:
             query, document, score = row if len(row) == 3 else (row[0], row[2], row[3])
@@ -81,4 +81,7 @@ def _read_text(uri: str, store: StoreConfig) -> str:
         data = storage.read(name)
     except FileNotFoundError as error:
         raise ConfigError(f"{uri}: no such file; check the path") from error
-    return (gzip.decompress(data) if uri.endswith(".gz") else data).decode("utf-8-sig")
+    try:
+        return (gzip.decompress(data) if uri.endswith(".gz") else data).decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ConfigError(f"{uri}: not UTF-8, or not gzip as its name says, {error}; write it again") from error

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,12 +45,16 @@ class Reranking:
             self._loaded()
 
     def order(self, query: str, found: Sequence[FoundText], k: int, budget_s: float = math.inf) -> list[FoundText]:
-        """The k best: of ``search.rerank_depth`` the best first, then what was not scored in ``search.rerank_ms`` or here."""
+        """The k best: of ``search.rerank_depth`` the best first, then what was not scored in time.
+
+        That is within ``search.rerank_ms``, and within ``budget_s`` seconds from now, the wait for other callers included.
+        """
         from pipeline.search.reranker import rerank
 
+        until = time.perf_counter() + budget_s
         with self._lock:
             top = list(found[: self._settings.rerank_depth])
-            within = min(budget_s, (self._settings.rerank_ms or math.inf) / 1000)
+            within = min(until - time.perf_counter(), (self._settings.rerank_ms or math.inf) / 1000)
             texts = [text.text for text in top]
             scores = self._loaded().score(query, texts, budget_s=None if math.isinf(within) else within)
         scored = [

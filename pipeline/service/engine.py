@@ -36,6 +36,8 @@ WAITING_SEARCHES = 32
 """Searches side by side by default where others do the work."""
 LIVE = "live"
 """How OpenAI's clients call the artifact that serves: the id of a vector store."""
+STORE_FIELDS = {"queries": "query", "k": "max_num_results", "filter": "filters"}
+"""What fields of a SearchRequest are called in a VectorStoreSearchRequest."""
 
 
 class Engine:
@@ -91,7 +93,10 @@ class Engine:
             raise RefusedError(404, "vector_store_not_found", f"{store[:100]} is not here, {LIVE} and {version} are", "id")
         rerank = self._reranking.is_named and request.ranking_options.ranker != "none"
         inner = SearchRequest(queries=request.query, k=request.max_num_results, filter=request.filters, rerank=rerank)
-        return await self._searched(inner, answers.paged(request.ranking_options.score_threshold))
+        try:
+            return await self._searched(inner, answers.paged(request.ranking_options.score_threshold))
+        except RefusedError as error:
+            raise error.renamed(STORE_FIELDS) from error
 
     async def _searched(self, request: SearchRequest, shape: Shape) -> bytes:
         asked = self._asked(request.k, request.include, request)
@@ -124,8 +129,7 @@ class Engine:
         self._check_count(len(texts), "input")
         encoded = await self._encoded(texts, "input", time.perf_counter())
         if encoded.truncated:
-            limit = self.current.served.opened.spec.max_tokens
-            message = f"input {encoded.truncated[0]} is longer than the model's {limit} tokens; split it"
+            message = f"input {encoded.truncated[0]} is longer than the model's {self.encoder.max_tokens} tokens; split it"
             raise RefusedError(400, "context_length_exceeded", message, "input")
         return encoded
 
@@ -140,7 +144,7 @@ class Engine:
             created=manifest.created,
             model=self.model,
             dim=self.encoder.dim,
-            max_tokens=served.opened.spec.max_tokens,
+            max_tokens=self.encoder.max_tokens,
             passages=manifest.counts["passages"],
             documents=manifest.counts["documents"],
             modes=["dense", "lexical", "hybrid"] if manifest.lexical else ["dense"],

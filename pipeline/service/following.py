@@ -8,7 +8,7 @@ the service says that it is degraded.
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 from pipeline.artifacts.live import Elsewhere, Opened, open_commit, search_point
@@ -33,7 +33,6 @@ class Served:
     opened: Opened
     point: OperatingPoint
     commit: int | None = None
-    since: float = field(default_factory=time.time)
 
     @property
     def version(self) -> str:

@@ -50,10 +50,11 @@ class QueryEncoder:
         self._depth = 0
         self._changed = threading.Condition()
         self._closed = False
-        loaded: Future[int] = Future()
+        loaded: Future[Encoder] = Future()
         self._thread = threading.Thread(target=self._run, args=(spec, loaded), daemon=True, name="vecmill-encoder")
         self._thread.start()
-        self.dim = loaded.result()
+        encoder = loaded.result()
+        self.dim, self.max_tokens = encoder.dim, encoder.tokenizer.max_tokens
         meters.follow(QUEUE_DEPTH, lambda: self._depth, queue="encoder")
 
     def submit(self, texts: Sequence[str]) -> "Future[QueryVectors]":
@@ -76,13 +77,13 @@ class QueryEncoder:
             self._changed.notify()
         self._thread.join()
 
-    def _run(self, spec: EncoderSpec, loaded: "Future[int]") -> None:
+    def _run(self, spec: EncoderSpec, loaded: "Future[Encoder]") -> None:
         try:
             encoder = load_query_encoder(spec)
         except BaseException as error:  # noqa: BLE001 - raised where the encoder was asked for, in another thread
             loaded.set_exception(error)
             return
-        loaded.set_result(encoder.dim)
+        loaded.set_result(encoder)
         while works := self._take():
             wanted = [work for work in works if work.future.set_running_or_notify_cancel()]
             if wanted:

@@ -13,6 +13,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from pipeline.config import Config, S3Config, ServeConfig
+from pipeline.operations.submission import secret_environment
 
 NAME = "vecmill"
 PATIENCE = ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
@@ -97,9 +98,8 @@ def _resources(args: dict[str, Any], *, holds_index: bool) -> dict[str, float]:
 
 def without_keys(s3: S3Config) -> S3Config:
     """Where the store is, without who may use it; put into the environment of this process and those it starts."""
-    if s3.key and s3.secret:
-        os.environ.setdefault("AWS_ACCESS_KEY_ID", s3.key.get_secret_value())
-        os.environ.setdefault("AWS_SECRET_ACCESS_KEY", s3.secret.get_secret_value())
+    for name, value in secret_environment(s3).items():
+        os.environ.setdefault(name, value)
     return s3.model_copy(update={"key": None, "secret": None})
 
 

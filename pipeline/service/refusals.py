@@ -1,6 +1,7 @@
 """What a request can be refused for, as HTTP tells it: OpenAI's error envelope, never a stack trace."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -28,6 +29,11 @@ class RefusedError(Exception):
 
     def __reduce__(self) -> tuple[type["RefusedError"], tuple[int, str, str, str | None]]:
         return RefusedError, (self.status, self.code, str(self), self.param)
+
+    def renamed(self, names: Mapping[str, str]) -> "RefusedError":
+        """The same, of a request that has other ``names`` for its fields."""
+        name = names.get(self.param or "", self.param)
+        return RefusedError(self.status, self.code, str(self).replace(f"{self.param}:", f"{name}:", 1), name)
 
     def response(self) -> Response:
         """The envelope with its status; 429 and 503 say when to come again."""

@@ -30,7 +30,7 @@ from pipeline.errors import VecmillError
 from pipeline.ingest.snapshot import Part, ceiling, parts
 from pipeline.operations.forecast import Ahead, put_forecast
 from pipeline.root import retries
-from pipeline.root.job import Event, Job, stage
+from pipeline.root.job import Event, Job, scratch, stage
 from pipeline.root.manifest import Record, SnapshotManifest
 from pipeline.root.shards import KEY_DTYPE
 from pipeline.root.storage import Storage
@@ -84,9 +84,9 @@ def embed(job: Job, snapshot: SnapshotManifest, cluster: Cluster) -> int:
 
 def _plan(job: Job, found: Sequence[Part], most: int) -> list[EmbedUnit]:
     """Units of at most about ``most`` passages over what the store lacks."""
-    scratch, late = job.config.compute.scratch, job.config.passages.late
-    where = (job.embeddings, job.embedding_folder, job.embedding_records())
-    missing = missing_passages(job.storage, found, *where, scratch=scratch)
+    late, where = job.config.passages.late, (job.embeddings, job.embedding_folder, job.embedding_records())
+    with scratch(job.config.compute.scratch) as folder:
+        missing = missing_passages(job.storage, found, *where, scratch=folder)
     size = even_size(sum(int(mask.sum()) for mask in missing), most)
     return plan_embedding(missing_rows(job.storage, found, missing, late=late), size, late=late)
 
@@ -151,6 +151,7 @@ def _rescue(job: Job, cluster: Cluster, units: list[EmbedUnit], done: list[Recor
             if unit.name not in finished:
                 job.say(Event("embed", f"unit {unit.name} is encoded apart: its process died, or its work failed"))
                 row = run_one(_tokenize_row, {"unit": unit.model_dump_json()}, job.spec, job.storage, cpus=TOKENIZER_CPUS)
+                retries.add(row["retries"])
                 tokenized = TokenizedUnit.of(row)
                 encoded, draft = _encode_in_pieces(encoder, tokenized, job.spec.dim, most)
                 where = (job.embeddings, job.embedding_folder, tokenized.keys)

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.ingest.corpus import SourceDocument, choose_files, normalise, read_documents
-from pipeline.ingest.listing import list_files
+from pipeline.errors import BadFileError, ConfigError
+from pipeline.ingest.corpus import SourceDocument, normalise, read_documents
 from pipeline.ingest.slices import Columns, Slice
+from pipeline.ingest.units import find_files
 from pipeline.root.shards import parquet_bytes
 from pipeline.root.storage import file_at
 
@@ -126,14 +126,17 @@ def corpus_pairs(config: Config, kind: Unlabelled, limit: int, live: Collection[
 
 def _documents(config: Config) -> Iterator[tuple[SourceDocument, str]]:
     """Every document with its title, which its text begins with; an empty one where it has none."""
-    files = [file for file in list_files(config.corpus.uri, config.store) if not file.hidden]
-    for file, kind in choose_files(files, config.corpus):
+    for file, kind in find_files(config)[0]:
         part = Slice(uri=file.uri, size_bytes=file.size_bytes, stamp=file.stamp, content="", format=kind)
         title = Columns.of(kind, config.corpus).title
         corpus = config.corpus.model_copy(update={"metadata": (title,) if title else ()})
-        for row in read_documents(part, corpus, config.store):
-            if isinstance(row, SourceDocument):
-                yield row, normalise(str(json.loads(row.metadata)[title] or "")) if title and row.metadata else ""
+        try:
+            for row in read_documents(part, corpus, config.store):
+                if isinstance(row, SourceDocument):
+                    yield row, normalise(str(json.loads(row.metadata)[title] or "")) if title and row.metadata else ""
+        except BadFileError:
+            if config.corpus.on_error != "skip_file":
+                raise
 
 
 def _title_and_body(text: str, title: str) -> tuple[str, str] | None:

@@ -104,6 +104,8 @@ def plan_training(
         raise ConfigError(f"{path}: a bag of token vectors has no limit of tokens and makes no re-ranker")
     if recipe.max_tokens and recipe.max_tokens > (positions := max_positions(path)):
         raise ConfigError(f"max_tokens: {recipe.max_tokens}, but {path} has {positions} positions; lower it")
+    if kind == "reranker" and not recipe.negatives:
+        raise ConfigError("negatives: a cross-encoder learns an answer only beside others; give 1 or more")
     if kind in ("reranker", "distilled") and not any(pair.negatives for pair in pairs):
         raise ConfigError("pairs: none has a negative; vecmill mine finds some")
     return Training(

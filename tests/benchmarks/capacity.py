@@ -57,7 +57,7 @@ def main() -> None:
     found["encode"] = encode(measured["simulated"])
     tokens, texts = (PASSAGES * ASSUMED[f"{name}_per_passage"] for name in ("tokens", "text_bytes"))
     ahead = Ahead(PASSAGES, round(tokens), texts, PASSAGES, round(ASSUMED["gpus"]), MAX_UNIT_PASSAGES["gpu"], None)
-    config = make_config("/nowhere/root", "/nowhere/corpus")
+    config = make_config("s3://nowhere/root", "s3://nowhere/corpus")
     found["bytes"] = sizes(config, plan, ahead, DIM)
     found["memory_bytes"] = {
         "anti-join, of keys": round(join["bytes_per_key"] * anti_join.KEYS_AT_ONCE),

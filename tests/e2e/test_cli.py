@@ -208,6 +208,11 @@ def test_validate_tells_what_a_run_would_reject_and_exits_3(tmp_path):
     assert (found["ok"], found["counts"]["documents"], found["codes"]) == (False, 20, {"E_EMPTY_TEXT": 11})
     assert pq.read_table(tmp_path / "bad.parquet")["source_row"].to_pylist() == list(range(20, 31))
     assert vecmill("validate", "-c", file, "--set", "corpus.max_bad_rows=11").returncode == 0
+    done = vecmill("validate", "-c", file, "--out", tmp_path / "none" / "bad.parquet", check=False)
+    assert (done.returncode, "bad.parquet: cannot be written" in done.stderr) == (1, True), done.stderr
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows[20:25])
+    done = vecmill("validate", "-c", file, check=False)
+    assert (done.returncode, "a run would stop, no document in 5 rows" in done.stderr) == (3, True), done.stderr
     assert not (tmp_path / "root").exists()
 
 

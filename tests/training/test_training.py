@@ -15,12 +15,12 @@ from pipeline.artifacts.live import open_live
 from pipeline.client import Artifact
 from pipeline.encoder import Encoder, load_query_encoder
 from pipeline.encoding.model import resolve_spec
-from pipeline.errors import ConfigError
+from pipeline.errors import BadFileError, ConfigError
 from pipeline.run import reindex
 from pipeline.search.reranker import load_reranker
 from pipeline.training.distillation import taught
 from pipeline.training.mining import Mining, judged_pairs, mine
-from pipeline.training.pairs import Pair, read_pairs, write_pairs
+from pipeline.training.pairs import Pair, corpus_pairs, read_pairs, write_pairs
 from pipeline.training.recipe import LOG, Recipe, plan_training
 from pipeline.training.rows import with_negatives
 from pipeline.training.trainer import train
@@ -236,6 +236,8 @@ def test_training_without_negatives_or_scores_says_so(root, pairs, tmp_path):
     for kind in ("reranker", "distilled"):
         with pytest.raises(ConfigError, match="none has a negative"):
             train(plan_training(kind, root, bare, RECIPE, tmp_path / kind))
+    with pytest.raises(ConfigError, match="negatives: a cross-encoder learns an answer only beside others"):
+        plan_training("reranker", root, pairs, replace(RECIPE, negatives=0), tmp_path / "none")
     with pytest.raises(ConfigError, match="rerank: the config names no re-ranker"):
         taught(pairs, root)
 
@@ -278,3 +280,13 @@ def test_negatives_of_a_corpus_without_judgements_are_shown_as_its_answers_are(r
     for pair in mined.pairs:
         assert pair.positive not in pair.negatives and set(pair.negatives) <= set(shown.values())
     assert len(rows) == len(mined.pairs)
+
+
+def test_pairs_come_from_a_corpus_whose_bad_file_was_skipped(tmp_path):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"id": "a", "text": "The harbour is cold. It freezes over every winter."}])
+    (tmp_path / "corpus" / "b.jsonl.gz").write_bytes(b"not gzip")
+    config = make_config(tmp_path / "root", tmp_path / "corpus", corpus={"on_error": "skip_file"})
+    (pair,) = corpus_pairs(config, "sentence", 10, {"a"}, seed=0)
+    assert (pair.query, pair.positive) == ("The harbour is cold.", "It freezes over every winter.")
+    with pytest.raises(BadFileError, match=r"b\.jsonl\.gz: E_COMPRESSION"):
+        corpus_pairs(make_config(tmp_path / "root", tmp_path / "corpus"), "sentence", 10, {"a"}, seed=0)
