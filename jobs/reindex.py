@@ -45,8 +45,6 @@ from pipeline.root.storage import Storage
 if TYPE_CHECKING:
     from pipeline.run import Outcome
 
-"""What became of the rows of a snapshot; their sum is all rows."""
-
 
 @command
 def reindex(

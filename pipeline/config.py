@@ -127,7 +127,7 @@ class ComputeConfig(Section):
         description="Memory of the merge, 128 MiB of it for libraries; an index that needs more is cut into several files",
     )
     scratch: str | None = Field(
-        None, description="Local folder for files in the making; default: a local root, else the system's temp folder"
+        None, description="Local folder for files in the making; default: the system's temp folder, for a merge a local root"
     )
     lease_ttl_s: float = Field(30.0, gt=0, description="A writer without a heartbeat for so long is taken for dead")
 

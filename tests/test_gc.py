@@ -14,7 +14,7 @@ from pipeline.operations import upkeep
 from pipeline.operations.erasure import purge
 from pipeline.root import layout
 from pipeline.root.log import writing
-from pipeline.root.manifest import load, to_bytes
+from pipeline.root.manifest import list_records, load, to_bytes
 from pipeline.root.result import RunResult, remembered, scheduled_name, write_result
 from pipeline.root.storage import Storage
 from pipeline.run import reindex
@@ -82,8 +82,33 @@ def test_rollback_refuses_a_manifest_that_is_not_the_commits(tmp_path):
 
 
 def test_vectors_that_two_shards_have_are_counted_and_no_others(tmp_path):
-    config, _ = nights(tmp_path, count=3)
-    assert live_artifact(Storage(config.root)).counts["duplicate_vectors"] == 0
+    config, rows = nights(tmp_path, count=3)
+    storage = Storage(config.root)
+    assert live_artifact(storage).counts["duplicate_vectors"] == 0
+    (encoder,) = storage.list(layout.EMBEDDINGS)
+    first = max(list_records(storage, encoder).values(), key=lambda record: record.files[0].rows)
+    storage.put(f"{encoder}/zz.json", to_bytes(first.model_copy(update={"unit": "zz"})))
+    rows[299]["text"] += " Revised."
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    assert reindex(config).live.counts["duplicate_vectors"] == 300 - 21  # which have been revised since
+
+
+def test_gc_keeps_what_a_young_artifact_rests_on(tmp_path):
+    rows = sentences(300)
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows)
+    reindex(config_of(tmp_path))
+    days_ago = time.time() - 3 * 86400
+    for path in files_below(tmp_path / "root"):
+        os.utime(path, (days_ago, days_ago))
+    young = reindex(config_of(tmp_path, index={"kind": "ivfpq", "nlist": 4, "m": 32})).live  # of the same snapshot
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows[20:])
+    config = config_of(tmp_path, index={"kind": "ivfpq", "nlist": 4, "m": 32})
+    live = reindex(config).live
+    assert upkeep.collect(config, 1, 86400.0).kept == (live.version, young.version)
+    assert upkeep.collect(config, 2, 86400.0).kept == (live.version, young.version)
+    assert upkeep.rollback(config, None).version == young.version
+    assert audit(config, 300).passages == 300
+    assert upkeep.collect(config, 1, -1.0).kept == (young.version,)
 
 
 def test_audit_writes_nothing(tmp_path):

@@ -138,19 +138,24 @@ def test_create_that_landed_but_lost_its_answer_is_told_from_a_lost_race(s3, tmp
     assert not storage.create("x", b"other")
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_one(tmp_path, monkeypatch):
-    for name in ("a/x.txt", "b/y.txt"):
-        Storage(str(tmp_path)).put(name, b"x")
+@pytest.mark.parametrize("name", ["lost+found", ".Trash-0", "gone"])
+def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_one(tmp_path, monkeypatch, name):
+    for file in ("a/x.txt", "b/y.txt"):
+        Storage(str(tmp_path)).put(file, b"x")
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("/b"):
+        if str(path).endswith("/gone"):
+            raise FileNotFoundError(2, "No such file", str(path))
+        if str(path).endswith(("/b", "/lost+found", "/.Trash-0")):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(StorageError, match=rf"cannot list it, .*Permission denied: '{tmp_path}/b'"):
         list_files(str(tmp_path), Storage(str(tmp_path))._store)
+    (tmp_path / "b").rename(tmp_path / name)
+    assert [file.uri for file in list_files(str(tmp_path), Storage(str(tmp_path))._store)] == [f"{tmp_path}/a/x.txt"]
 
 
 def test_a_file_that_goes_while_files_are_listed_or_hashed(tmp_path, monkeypatch):
@@ -178,10 +183,10 @@ def test_a_file_that_is_read_forward_beside_others_keeps_little_of_itself(s3, tm
     file = put_data(storage, "e/u", ".parquet", parquet_bytes(pa.table(columns), compress=False), rows)
     fetch = s3fs.core.S3File._fetch_range
     monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", lambda self, *ends: fetched.append(ends) or fetch(self, *ends))
-    monkeypatch.setattr("pipeline.root.shards.AHEAD_BYTES", 100_000)
-    cursor = Cursor(storage, "e", file, ["key", "row"])
+    cursor = Cursor(storage, "e", file, ["key", "row"], ahead_bytes=100_000)
     fetched.clear()
     assert [sum(table.num_rows for table in cursor.take(ROW_GROUP_ROWS)) for _ in range(5)] == [ROW_GROUP_ROWS] * 4 + [0]
+    assert cursor._parquet.closed
     assert max(end - start for start, end in fetched) <= file.size_bytes / 4 + 100_000
     assert sum(end - start for start, end in fetched) <= 1.3 * file.size_bytes
     fetched.clear()

@@ -13,6 +13,9 @@ from pipeline.errors import BadFileError, ConfigError, StorageError
 from pipeline.fingerprint import sha256_file
 from pipeline.root.storage import Storage, file_at, strip_scheme, uri_scheme
 
+LOST_FOUND = "lost+found"
+"""At the root of a volume, for the administrator alone."""
+
 
 @dataclass(frozen=True)
 class FileInfo:
@@ -79,10 +82,12 @@ def stamp_now(uri: str, store: StoreConfig) -> tuple[int, str] | None:
 
 
 def _local_files(folder: str) -> dict[str, dict[str, Any]]:
-    """Every regular file below a folder. Raises OSError where one of its folders cannot be read; fsspec passes over it."""
+    """Every regular file below a folder. Raises OSError where a folder cannot be read that may have input; fsspec would not."""
 
     def stop(error: OSError) -> None:
-        raise error
+        relative = str(error.filename).removeprefix(f"{folder}/")
+        if not (isinstance(error, FileNotFoundError) or _is_hidden(relative) or relative == LOST_FOUND):
+            raise error
 
     found: dict[str, dict[str, Any]] = {}
     for parent, _, names in os.walk(folder, onerror=stop):

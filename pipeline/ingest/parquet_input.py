@@ -63,14 +63,21 @@ def read_parquet(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
 def _python_values(column: Any) -> list[Any]:
     """Python values; strings come as bytes where one of them is not UTF-8, so that the row is found, not the file lost.
 
-    Moments that Python has no type for come as Arrow writes them.
+    A moment that Python has no type for comes as Arrow writes it.
     """
     try:
         return cast(list[Any], column.to_pylist())
     except UnicodeDecodeError:
         return cast(list[Any], column.cast(pa.large_binary()).to_pylist())
     except (OverflowError, ValueError):
-        return cast(list[Any], column.cast(pa.string()).to_pylist())
+        return [_python_value(value) for value in column]
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        return value.cast(pa.string()).as_py()
 
 
 def _parquet(handle: BinaryIO, part: Slice) -> Any:

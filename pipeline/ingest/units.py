@@ -147,4 +147,4 @@ def _row_group_runs(part: Slice, store: StoreConfig) -> Iterator[Slice]:
 
 def _unit_name(slices: Sequence[Slice], config: Config, space: str, limit: int | None) -> str:
     what: dict[str, Any] = {"slices": [part.model_dump(exclude={"stamp"}) for part in slices], "limit": limit}
-    return fingerprint({"ingest": 2, **what, **reading(config, space)})
+    return fingerprint({"ingest": 3, **what, **reading(config, space)})

@@ -7,6 +7,7 @@ earlier artifacts and snapshots, the vectors and codes of its passages. Objects 
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain
 from typing import Any
 
@@ -189,7 +190,7 @@ def _erase_told(storage: Storage, doc_ids: Collection[str]) -> None:
             result = load(RunResult, storage, file.path)
             if result and result.error:
                 storage.put(file.path, to_bytes(result.model_copy(update={"error": None})))
-        elif file.path.split("/")[2] == layout.EVENTS and (state := load(RunState, storage, file.path)):
+        elif fnmatch(file.path, layout.events("*") + "/*.json") and (state := load(RunState, storage, file.path)):
             told = [state.why, *(stage.message for stage in state.stages)]
             if any(doc_id in text for doc_id in doc_ids for text in told):
                 storage.delete(file.path)

@@ -6,7 +6,7 @@ Nothing is read that the run would not read anyway but for a few records; what n
 from dataclasses import dataclass
 
 from pipeline.ann.index_plan import ID_BYTES, MERGE_COPIES, PACKED, IndexPlan, choose, index_bytes, is_coded
-from pipeline.artifacts.key_merge import LIBRARY_BYTES
+from pipeline.artifacts.key_merge import LIBRARY_BYTES, MORE_AHEAD_BYTES
 from pipeline.config import Config
 from pipeline.root import layout
 from pipeline.root.job import Job
@@ -114,7 +114,10 @@ def _merge_bytes(plan: IndexPlan, ahead: Ahead, dim: int, config: Config) -> flo
     rows = passages * min(ROW_GROUP_ROWS, shard) / shard
     groups = rows * (2 * dim + KEY_BYTES) + (size * rows / max(1, passages) if is_coded(plan.kind) else 0)
     if uri_scheme(config.root) != "file":
-        groups = 2 * groups + AHEAD_BYTES * (1 + is_coded(plan.kind)) * passages / shard
+        files = (1 + is_coded(plan.kind)) * passages / shard
+        groups = 2 * groups + AHEAD_BYTES * files
+        stored, left = passages * (2 * dim + KEY_BYTES) + size, config.compute.merge_memory - LIBRARY_BYTES - groups
+        groups += max(0, min(MORE_AHEAD_BYTES * files, stored, left / 2))
     return LIBRARY_BYTES + PASSAGE_BYTES * passages + max(groups, copies * part)
 
 

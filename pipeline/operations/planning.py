@@ -1,6 +1,6 @@
 """The dry run: what a reindex would read, make, take and cost. Counts are exact, sizes estimated from a sample.
 
-Nothing is written. Estimates say what they were made from.
+Nothing is written under the root. Estimates say what they were made from.
 """
 
 import time

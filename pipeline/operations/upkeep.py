@@ -86,13 +86,13 @@ def collect_held(
     """``collect`` by a caller who holds the root under ``epoch``; None: only tell what would go."""
     log = Log(storage).refresh()
     files = storage.walk()
-    commits = _last_commits(log, keep, {file.path for file in files})
-    found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
-    embeddings = embedding_store(storage, config)
-    needed = {*_needed(storage, embeddings, commits), *_told(log, commits, files), *remembered(storage)}
     now = max((file.modified_s for file in files), default=0.0)  # our own entry of the log at the latest
     if epoch is None:  # which makes none
         now = max(now, time.time())
+    commits = _kept_commits(storage, log, keep, _young_artifacts(files, now - grace_s))
+    found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
+    embeddings = embedding_store(storage, config)
+    needed = {*_needed(storage, embeddings, commits), *_told(log, commits, files), *remembered(storage)}
     shared = config.store.embeddings is not None
     doomed = [
         file
@@ -145,16 +145,24 @@ def _is_collected(file: Stored, before_s: float, epoch: int | None, *, with_embe
     return folder in COLLECTED and (with_embeddings or folder != layout.EMBEDDINGS) and file.modified_s < before_s
 
 
-def _last_commits(log: Log, keep: int, there: set[str]) -> list[LogEntry]:
-    """The last commit of the live artifact and of each of the last that were live and are still there, ``keep`` in all."""
+def _young_artifacts(files: list[Stored], after_s: float) -> set[str]:
+    """Those whose manifest stays because it is young: what they rest on may be older."""
+    young = (file.path.split("/") for file in files if file.modified_s >= after_s)
+    return {parts[1] for parts in young if parts[0] == "artifacts" and parts[2:] == [MANIFEST]}
+
+
+def _kept_commits(storage: Storage, log: Log, keep: int, young: set[str]) -> list[LogEntry]:
+    """The last commit of each of the last ``keep`` artifacts that were live, less those that are gone, and of the ``young``."""
     found: dict[str, LogEntry] = {}
+    oldest = min((name.partition("-")[0] for name in young), default="")  # the epoch that an artifact was made in
     for entry in log.backwards():
-        if len(found) == keep:
+        if len(found) >= keep and (not young or f"{entry.epoch:06d}" < oldest):
             break
-        manifest = f"{layout.artifact(str(entry.artifact))}/{MANIFEST}"
-        if entry.kind == "commit" and entry.artifact and (not found or manifest in there):
+        if entry.kind == "commit" and entry.artifact and (len(found) < keep or entry.artifact in young):
             found.setdefault(entry.artifact, entry)
-    return list(found.values())
+    live, *earlier = found.values() if found else (None,)
+    there = (entry for entry in earlier if storage.size(f"{layout.artifact(str(entry.artifact))}/{MANIFEST}") is not None)
+    return [live, *there] if live else []
 
 
 def _needed(storage: Storage, embeddings: Storage, commits: list[LogEntry]) -> Iterator[str]:

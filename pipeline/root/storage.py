@@ -235,8 +235,11 @@ class Storage:
 
 
 def is_of_bytes(error: OSError) -> bool:
-    """Whether it is Arrow's, of bytes that it could not make sense of: those of files and stores have a number or a class."""
-    return type(error) is OSError and error.errno is None
+    """Whether it is Arrow's, of bytes that it could not make sense of: those of files and stores have a number or a class.
+
+    But for one of gcsfs (``retry.validate_response``).
+    """
+    return type(error) is OSError and error.errno is None and not str(error).startswith("Forbidden: ")
 
 
 def file_at(uri: str, store: StoreConfig) -> tuple[Storage, str]:
