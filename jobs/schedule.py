@@ -83,14 +83,14 @@ class Runner:
         self._alarmed = False
         self.tell = tell
 
-    def history(self) -> History:
+    def history(self, now: datetime) -> History:
         """What the root says of earlier runs."""
-        return history(self._storage)
+        return history(self._storage, now)
 
-    def run(self, tick: datetime) -> int | None:
+    def run(self, tick: datetime, now: datetime) -> int | None:
         """Run for a tick and return the exit code; None where another scheduler has settled it meanwhile."""
         try:
-            past = self.history()
+            past = self.history(now)
             if past.settled and past.settled >= tick:
                 self.tell("settled", f"the tick of {_minute(tick)} is settled already", tick=tick)
                 return None
@@ -122,13 +122,15 @@ class Runner:
 
 def follow(times: Schedule, runner: Runner, clock: Clock, *, once: bool = False) -> int:
     """Run what is due, wait for the next tick, for ever; ``once``: return the exit code of what was due instead of waiting."""
-    known, announced = runner.history(), None
+    known, announced = runner.history(clock.now()), None
     while True:
         now, code = clock.now(), 0
+        if known.settled and known.settled > now:  # the clock was ahead and has been put right
+            known = runner.history(now)
         if tick := times.due(known.settled, now):
-            ended = runner.run(tick)
+            ended = runner.run(tick, now)
             code = ended or 0
-            known = runner.history() if ended is None else History(tick, known.succeeded if code else now)
+            known = runner.history(now) if ended is None else History(tick, known.succeeded if code else now)
         runner.watch(known.succeeded, clock.now())
         if once and tick:
             return code

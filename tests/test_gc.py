@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,17 @@ import pytest
 from pipeline.artifacts.artifact import verify
 from pipeline.artifacts.audit import audit
 from pipeline.artifacts.publish import commit, live_artifact
-from pipeline.errors import VerificationError
+from pipeline.errors import LockedError, StorageError, VerificationError
 from pipeline.operations import upkeep
 from pipeline.operations.erasure import purge
 from pipeline.root import layout
-from pipeline.root.log import writing
+from pipeline.root.job import scratch
+from pipeline.root.log import unlock, writing
 from pipeline.root.manifest import list_records, load, to_bytes
 from pipeline.root.result import RunResult, remembered, scheduled_name, write_result
 from pipeline.root.storage import Storage
 from pipeline.run import reindex
+from pipeline.stages import index
 from tests.conftest import sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
 from tests.test_compaction import config_of, nights
@@ -175,10 +178,84 @@ def test_purge_of_a_short_id_leaves_what_runs_measured_and_how_they_ended(tmp_pa
     moment = {"started": "2026-11-24T03:00:00+00:00", "ended": "2026-11-24T03:01:00+00:00"}
     name = scheduled_name("abc", RunResult(run="x", exit_code=3, **moment).started, 1)
     assert write_result(storage, RunResult(run=name, exit_code=3, error="a.jsonl row 51: '1' is no id", **moment))
-    settled = remembered(storage)
+    now = datetime.now(UTC)
+    settled = remembered(storage, now)
     purge(config, ["1"])
     assert live_artifact(storage) == live
     assert audit(config, 50).passages == 50
-    assert remembered(storage) == settled == {layout.run(name, "result.json")}
+    assert remembered(storage, now) == settled == {layout.run(name, "result.json")}
     ended = load(RunResult, storage, layout.run(name, "result.json"))
     assert (ended.exit_code, ended.error) == (3, None)
+
+
+@pytest.mark.parametrize("what", ["gc", "compact", "purge"])
+def test_who_has_lost_the_root_deletes_no_more(tmp_path, monkeypatch, what):
+    config, rows = nights(tmp_path, count=3)
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", rows[1:])
+    reindex(config)
+    monkeypatch.setattr("pipeline.root.log.CHECK_S", 0.0)
+    delete, deleted = Storage.delete, []
+
+    def lose(storage, path):
+        if not deleted:
+            unlock(Storage(config.root))
+        deleted.append(path)
+        delete(storage, path)
+
+    monkeypatch.setattr(Storage, "delete", lose)
+    with pytest.raises(LockedError, match="lost the root to a writer that has ended since"):
+        if what == "purge":
+            purge(config, ["d0"])
+        else:
+            upkeep.collect(config, 3 if what == "compact" else 1, -1.0, compact=what == "compact")
+    assert len(deleted) <= 4, "one file, or one shard with its codes"
+    monkeypatch.undo()
+
+
+def test_a_shard_that_another_root_wrote_meanwhile_is_no_error(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", sentences(300))
+    config = config_of(tmp_path, store={"embeddings": str(tmp_path / "shared")})
+    add, shared = index.add, Storage(str(tmp_path / "shared"))
+
+    def late(*arguments):
+        added = add(*arguments)
+        (encoder,) = shared.list("")
+        (record,) = list_records(shared, encoder.strip("/")).values()
+        shared.put(f"{encoder.strip('/')}/00.json", to_bytes(record.model_copy(update={"unit": "00"})))
+        return added
+
+    monkeypatch.setattr(index, "add", late)
+    assert reindex(config).live.counts["duplicate_vectors"] == 0
+    assert audit(config, 300).passages == 300
+
+
+def test_a_disk_that_fills_under_the_words_is_one_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.search.lexical.os.posix_fallocate", full)
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", sentences(20))
+    with pytest.raises(StorageError, match=r"cannot write files in the making, .*No space left"):
+        reindex(config_of(tmp_path, index={"kind": "flat", "lexical": True}))
+
+
+def test_gc_counts_from_its_own_entry_whatever_is_dated_later(tmp_path):
+    config, _ = nights(tmp_path, count=2)
+    year_on = time.time() + 365 * 86400
+    os.utime(tmp_path / "root" / "log" / "000000000000.json", (year_on, year_on))
+    assert upkeep.collect(config, 1, 86400.0).files.keys() <= {layout.BEATS}
+
+
+def test_scratch_of_a_killed_process_goes_and_of_a_living_one_stays(tmp_path):
+    with scratch(str(tmp_path)) as killed, scratch(str(tmp_path)) as living, scratch(str(tmp_path)) as young:
+        for folder in (killed, living, young):
+            (folder / "vectors").write_bytes(b"x")
+        (killed / ".alive").unlink()  # and so its lock
+        for folder in (killed, living):
+            os.utime(folder, (time.time() - 3600, time.time() - 3600))
+        (young / ".alive").unlink()
+        with scratch(str(tmp_path)) as new:
+            assert {path.name for path in tmp_path.iterdir()} == {living.name, young.name, new.name}
+        assert (living / "vectors").read_bytes() == b"x"
+        killed.mkdir()
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from pipeline.operations.upkeep import rollback
 from pipeline.run import reindex
 from pipeline.search.partition import Depth
 from pipeline.service import holding
+from pipeline.service.following import Refusal
 from pipeline.service.holding import KEPT, Holding
 from tests.conftest import eventually, make_config, sentences, write_jsonl
 from tests.faults.alone import alone as alone  # a fixture
@@ -88,3 +89,35 @@ def test_a_fixed_artifact_is_the_only_one(config):
     with pytest.raises(VerificationError, match=f"artifact {first} is there, {third} is asked for"):
         held.partition(third)
     assert open_live(config).manifest.version == third
+
+
+def test_a_partition_starts_while_what_is_live_is_broken_and_answers_what_was_before(config):
+    _, second, third = versions(config)
+    (Path(config.root) / "artifacts" / third / "vectors.f16").unlink()
+    held = Holding(config, None, 0, 2)
+    assert not held._held
+    with pytest.raises(VerificationError, match="vectors"):
+        held.partition(third)
+    assert held.partition(second).ordinals == range(15)
+    held.close()
+
+
+def test_what_is_refused_is_tried_again_after_twice_as_long(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("pipeline.service.following.time.monotonic", lambda: clock[0])
+    refusal, waits = Refusal(), []
+    for _ in range(8):
+        refusal.again("a")
+        waits.append(next(wait for wait in range(0, 10_000, 60) if not later(refusal, clock, wait)))
+    assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert not refusal.holds("b")
+    refusal.again("b")
+    assert (refusal.holds("b"), later(refusal, clock, 60, "b")) == (True, False)
+
+
+def later(refusal, clock, wait, what="a"):
+    """Whether it still holds after so many seconds."""
+    before, clock[0] = clock[0], clock[0] + wait
+    holds = refusal.holds(what)
+    clock[0] = before
+    return holds

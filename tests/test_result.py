@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.operations import upkeep
+from pipeline.root import layout
 from pipeline.root.log import writing
 from pipeline.root.result import (
     History,
@@ -15,6 +16,7 @@ from pipeline.root.result import (
     next_attempt,
     one_line,
     read_result,
+    remembered,
     scheduled_name,
     write_result,
 )
@@ -25,6 +27,7 @@ from tests.faults.alone import alone as alone  # a fixture
 
 TICK = datetime(2026, 11, 24, 3, tzinfo=UTC)
 DAY = timedelta(days=1)
+NOW = datetime.now(UTC) + 10 * DAY
 
 
 def end(storage, run, code, started=TICK):
@@ -71,7 +74,7 @@ def test_one_line_names_a_bug_and_keeps_a_text():
 
 
 def test_history_of_an_empty_root_is_empty(tmp_path):
-    assert history(Storage(str(tmp_path / "root"))) == History()
+    assert history(Storage(str(tmp_path / "root")), NOW) == History()
 
 
 def test_history_goes_by_the_last_tick_that_was_not_stopped(tmp_path):
@@ -82,7 +85,7 @@ def test_history_goes_by_the_last_tick_that_was_not_stopped(tmp_path):
     end(storage, scheduled_name("00bb", TICK, 1), 143, TICK)
     end(storage, "by-hand", 0, TICK + DAY)
     (tmp_path / "runs" / scheduled_name("00bb", TICK + DAY, 1)).mkdir()  # it began and was killed
-    assert history(storage) == History(settled=TICK - DAY, succeeded=TICK - 2 * DAY + late)
+    assert history(storage, NOW) == History(settled=TICK - DAY, succeeded=TICK - 2 * DAY + late)
     assert next_attempt(storage, "00bb", TICK) == scheduled_name("00bb", TICK, 2)
     assert next_attempt(storage, "00bb", TICK + DAY) == scheduled_name("00bb", TICK + DAY, 1)
 
@@ -90,12 +93,12 @@ def test_history_goes_by_the_last_tick_that_was_not_stopped(tmp_path):
 def test_history_knows_commits_when_results_are_gone_and_no_rollback_settles_a_tick(tmp_path):
     storage = Storage(str(tmp_path))
     began = commit(storage, "a", "{:06d}-abcdef")
-    assert history(storage) == History(settled=began, succeeded=began)
+    assert history(storage, NOW) == History(settled=began, succeeded=began)
     commit(storage, "b", "000000-abcdef")
-    assert history(storage) == History(settled=began, succeeded=began)
+    assert history(storage, NOW) == History(settled=began, succeeded=began)
     later = began + DAY
     end(storage, scheduled_name("00aa", later, 1), 0, later)
-    assert history(storage) == History(settled=later.replace(second=0), succeeded=later)
+    assert history(storage, NOW) == History(settled=later.replace(second=0), succeeded=later)
 
 
 @pytest.mark.usefixtures("alone")
@@ -104,11 +107,24 @@ def test_gc_keeps_the_results_that_a_scheduler_rests_on(tmp_path):
     config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "flat"})
     reindex(config)
     storage = Storage(config.root)
-    names = [scheduled_name("abc123", TICK + 1000 * DAY + day * DAY, 1) for day in range(5)]
+    names = [scheduled_name("abc123", TICK - 1000 * DAY + day * DAY, 1) for day in range(5)]
     for name, code in zip(names, (0, 0, 3, 1, 143), strict=True):
-        end(storage, name, code, TICK + 1000 * DAY)
-    before = history(storage)
-    assert before.settled == TICK + 1003 * DAY
+        end(storage, name, code, TICK - 1000 * DAY)
+    before = history(storage, NOW)
+    assert before.settled is not None and before.settled > TICK - 997 * DAY, "the commit is of today"
     upkeep.collect(config, keep=1, grace_s=-1)
-    assert history(storage) == before
+    assert history(storage, NOW) == before
     assert [name for name in names if read_result(storage, name)] == [names[1], names[3]]
+
+
+def test_what_a_clock_that_was_ahead_has_dated_settles_nothing(tmp_path):
+    storage = Storage(str(tmp_path))
+    began = commit(storage, "a", "{:06d}-abcdef")
+    end(storage, scheduled_name("00aa", TICK, 1), 0, TICK)
+    ahead = NOW + 365 * DAY
+    end(storage, scheduled_name("00aa", ahead, 1), 0, ahead)
+    end(storage, scheduled_name("00aa", TICK + timedelta(hours=1), 1), 0, ahead)
+    assert history(storage, TICK + DAY / 24) == History(settled=TICK, succeeded=TICK)
+    assert history(storage, NOW) == History(settled=began, succeeded=began)
+    assert history(storage, ahead).succeeded == ahead
+    assert remembered(storage, NOW) == {layout.run(scheduled_name("00aa", TICK, 1), "result.json")}

@@ -197,7 +197,7 @@ def test_scheduler_leaves_a_tick_to_another_that_settled_it(tmp_path):
     clock = TurnedClock(NOON + HOUR, NOON + 1.5 * HOUR)
     runner = TimedRunner(tmp_path / "root", clock)
     settle(tmp_path / "root", NOON + HOUR)
-    assert (runner.run(NOON + HOUR), runner.ticks) == (None, [])
+    assert (runner.run(NOON + HOUR, clock.now()), runner.ticks) == (None, [])
     assert runner.heard == [("settled", "the tick of 2026-11-24 13:00 UTC is settled already")]
 
 
@@ -216,3 +216,10 @@ def test_once_runs_what_is_due_and_exits_with_its_code(tmp_path):
     assert [follow(HOURLY, runner, Clock(clock.now, clock.sleep), once=True) for _ in range(2)] == [3, 0]
     assert runner.ticks == [NOON + HOUR]
     assert runner.heard == [("waiting", "next tick: 2026-11-24 14:00 UTC")]
+
+
+def test_a_clock_that_was_ahead_and_is_put_right_does_not_silence_the_scheduler(tmp_path):
+    root, ahead = tmp_path / "root", NOON + timedelta(days=365)
+    runner = scheduled(root, HOURLY, ahead, ahead + 1.5 * HOUR)
+    assert runner.ticks
+    assert scheduled(root, HOURLY, NOON + HOUR / 2, NOON + 2.5 * HOUR).ticks == [NOON, NOON + HOUR, NOON + 2 * HOUR]

@@ -549,6 +549,9 @@ def test_a_broken_artifact_is_refused_and_the_old_one_goes_on(config):
         assert ask(client, queries="a comet")["artifact"] == first
         assert metric(client, "vecmill_degraded") == 1
         assert metric(client, 'vecmill_swaps_total{result="refused"}') == 1
+        with served(config) as another:  # one that starts now
+            assert another.get("/readyz").json() == {"ready": True, "degraded": True, "artifact": first}
+            assert ask(another, queries="a comet")["artifact"] == first
         rollback(config, first)
         eventually(lambda: not client.get("/readyz").json()["degraded"])
         hold.replace(file)

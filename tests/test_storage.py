@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import s3fs
+from botocore.exceptions import ClientError
 
 from pipeline.errors import BadFileError, ConfigError, StorageError
 from pipeline.ingest.listing import content_hash, list_files
 from pipeline.root.manifest import put_data
+from pipeline.root.retries import is_passing
 from pipeline.root.shards import ROW_GROUP_ROWS, Cursor, fixed_binary, parquet_bytes, read_columns
 from pipeline.root.storage import Storage, uri_scheme
 
@@ -192,3 +194,32 @@ def test_a_file_that_is_read_forward_beside_others_keeps_little_of_itself(s3, tm
     fetched.clear()
     assert len(read_columns(storage, "e", file, ["key", "row"])) == rows
     assert max(end - start for start, end in fetched) > file.size_bytes / 2, "one file alone is read at once"
+
+
+@pytest.mark.parametrize("landed", [True, False])
+def test_an_upload_whose_last_answer_was_lost_has_landed_or_not(s3, tmp_path, monkeypatch, landed):
+    storage, file = Storage(f"s3://test/{tmp_path.name}", s3.store_config), tmp_path / "made"
+    file.write_bytes(b"x" * 1000)
+    put_file = storage.fs.put_file
+
+    def lost(local, uri):
+        if landed:
+            put_file(local, uri)
+        raise FileNotFoundError("The specified upload does not exist")
+
+    monkeypatch.setattr(storage.fs, "put_file", lost)
+    if landed:
+        storage.adopt("kept", file)
+        assert storage.size("kept") == 1000 and not file.exists()
+    else:
+        with pytest.raises(StorageError, match="kept: cannot write it"):
+            storage.adopt("kept", file)
+
+
+def test_a_conflict_of_two_who_create_is_asked_again_and_a_refusal_is_not():
+    def answer(status, code):
+        return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+
+    assert is_passing(answer(409, "ConditionalRequestConflict"))
+    assert is_passing(answer(409, "OperationAborted"))
+    assert not is_passing(answer(412, "PreconditionFailed"))

@@ -68,7 +68,6 @@ class _Shard:
     record: Record
     vectors: Cursor
     codes: Cursor | None
-    where: str
     taken: int = 0
     duplicates: int = 0
 
@@ -77,8 +76,8 @@ class _Shard:
         table = pa.concat_tables(self.vectors.take_until(bound))
         keys = keys_of(table.column("key"))
         code_table = pa.concat_tables(self.codes.take(len(keys))) if self.codes else None
-        if not len(keys) or not len(live):
-            return
+        if not len(keys) or not len(live) or (codes is not None and code_table is None):
+            return  # of a shard that has no codes: another root wrote it into a shared store since they were made
         places = np.searchsorted(live, keys).clip(max=len(live) - 1)
         is_live = live[places] == keys
         rows = np.flatnonzero(is_live & missing[places])
@@ -86,9 +85,7 @@ class _Shard:
         if not len(rows):
             return
         vectors[places[rows]] = vectors_of(table.column("embedding"), vectors.shape[1])[rows]
-        if codes is not None:
-            if code_table is None:
-                raise VerificationError(f"{self.where}: no index shard of {self.vectors.rows} vectors; run again")
+        if codes is not None and code_table is not None:
             codes[places[rows]] = to_rows(code_table.column("code"), np.uint8).reshape(len(keys), -1)[rows]
         missing[places[rows]] = False
         self.taken += len(rows)
@@ -131,10 +128,9 @@ def merge_rows(sources: Sources, vectors: Path, folder: Path, codes: Path) -> Co
             for shard in shards:
                 shard.fill(bound, live, missing, found, coded)
             if missing.any():
-                raise VerificationError(
-                    f"{job.embeddings.at(job.embedding_folder)}: {int(missing.sum())} of {len(live)} passages have no vector; "
-                    "run embed again"
-                )
+                lack = "no vector, or no code of it" if sources.has_codes else "no vector"
+                where = job.embeddings.at(job.embedding_folder)
+                raise VerificationError(f"{where}: {int(missing.sum())} of {len(live)} passages have {lack}; run again")
             _put(vectors_out, found)
             if coded is not None:
                 _put(codes_out, coded)
@@ -149,7 +145,7 @@ def _open(sources: Sources, record: Record, ahead: int) -> _Shard:
     job = sources.job
     vectors = open_embeddings(job.embeddings, job.embedding_folder, record, sources.trained.dim, ahead)
     codes = open_codes(job.storage, sources.trained, record, sources.code_size, ahead) if sources.has_codes else None
-    return _Shard(record, vectors, codes, job.storage.at(f"{layout.index_shards(sources.trained.trained)}/{record.unit}.json"))
+    return _Shard(record, vectors, codes)
 
 
 def _write_documents(writer: DocumentsWriter, table: Any, keys: Keys, live: Keys, first: int) -> None:

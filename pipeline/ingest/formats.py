@@ -30,7 +30,8 @@ from pipeline.ingest.slices import (
     opened,
     require,
 )
-from pipeline.root.storage import Storage, is_of_bytes
+from pipeline.root.shards import is_of_bytes
+from pipeline.root.storage import Storage
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.config import StoreConfig
 from pipeline.errors import BadFileError
 from pipeline.ingest.slices import Columns, Rows, Slice, check_expansion, opened, require
-from pipeline.root.storage import is_of_bytes
+from pipeline.root.shards import is_of_bytes
 
 BATCH_ROWS = 1024
 EXTENSION = b"ARROW:extension:name"

@@ -27,7 +27,7 @@ from pipeline.operations.compaction import Store
 from pipeline.root import layout
 from pipeline.root.job import embedding_store, new_run_id
 from pipeline.root.journal import RunState
-from pipeline.root.log import writing
+from pipeline.root.log import Lease, writing
 from pipeline.root.manifest import DataFile, Record, SnapshotManifest, list_records, load, put_data, to_bytes
 from pipeline.root.result import RunResult
 from pipeline.root.shards import KEY_DTYPE, Keys, is_among, keys_of, parquet_bytes, read_columns
@@ -60,10 +60,10 @@ def purge(config: Config, doc_ids: Collection[str], say: Callable[[str], None] =
         _check_gone(storage, snapshot, ids)
         keys = _passage_keys(storage, ids)
         keys = keys[~is_among(keys, live_keys(storage, parts(storage, snapshot)))]  # other documents may say the same
-        vectors = sum(_erase_vectors(Store(storage, shared, encoder), keys) for encoder in _encoders(shared))
-        passages, rejected = _erase_rows(storage, snapshot, ids, id_keys)
-        gone = upkeep.collect_held(storage, config, keep=1, grace_s=-1, epoch=lease.epoch)
-        _erase_told(storage, doc_ids)
+        vectors = sum(_erase_vectors(Store(storage, shared, encoder), keys, lease) for encoder in _encoders(shared))
+        passages, rejected = _erase_rows(storage, snapshot, ids, id_keys, lease)
+        gone = upkeep.collect_held(storage, config, keep=1, grace_s=-1, lease=lease)
+        _erase_told(storage, doc_ids, lease)
     searched = _search(storage, storage.walk(), ids, id_keys, keys)
     searched += _search(shared, shared.walk(), ids, id_keys, keys) if config.store.embeddings else 0
     return Erased(passages, rejected, vectors, sum(gone.files.values()), searched)
@@ -112,18 +112,19 @@ def _encoders(embeddings: Storage) -> list[str]:
     return sorted({file.path.partition("/")[0] for file in embeddings.walk() if "/" in file.path})
 
 
-def _erase_vectors(store: Store, keys: Keys) -> int:
+def _erase_vectors(store: Store, keys: Keys, lease: Lease) -> int:
     """Write every shard anew, with its index shards, that has one of the keys; returns how many vectors went."""
     count = 0
     for record in store.records():
         shard = store.without(record, keys)
         if not (shard.kept.all() and shard.kept_rejected.all()):
             count += int((~shard.kept).sum())
+            lease.check()
             store.rewrite([shard])
     return count
 
 
-def _erase_rows(storage: Storage, snapshot: SnapshotManifest, ids: Any, id_keys: Keys) -> tuple[int, int]:
+def _erase_rows(storage: Storage, snapshot: SnapshotManifest, ids: Any, id_keys: Keys, lease: Lease) -> tuple[int, int]:
     """Write every ingest unit of the snapshot anew that has rows of the documents: passages and rejected rows that went.
 
     All those passages are masked. New files come first, then the mask of old and new files, then the records: whichever of
@@ -137,6 +138,7 @@ def _erase_rows(storage: Storage, snapshot: SnapshotManifest, ids: Any, id_keys:
         changed += [without] if without != record else []
     if changed:
         fresh = {record.unit: record for record in [*records, *changed]}
+        lease.check()
         _put_snapshot(storage, snapshot, list(fresh.values()), masked)
         for record in changed:
             storage.put(layout.ingest_record(record.unit), to_bytes(record))
@@ -180,12 +182,13 @@ def _without(storage: Storage, record: Record, ids: Any, id_keys: Keys, masked: 
     return record.model_copy(update={"files": tuple(files), "documents": documents, "rejected": rejected, "counts": counts})
 
 
-def _erase_told(storage: Storage, doc_ids: Collection[str]) -> None:
+def _erase_told(storage: Storage, doc_ids: Collection[str], lease: Lease) -> None:
     """Erase what runs said that may name one of the documents; how they ended, and what they measured, stays.
 
     An error begins with the first rejected rows, and is cut off somewhere, so every one goes.
     """
     for file in storage.walk(layout.RUNS):
+        lease.check()
         if file.path.endswith("/result.json"):
             result = load(RunResult, storage, file.path)
             if result and result.error:

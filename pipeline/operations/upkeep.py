@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.ingest.snapshot import live_keys, parts, snapshot_of
 from pipeline.operations import compaction
 from pipeline.root import layout
 from pipeline.root.job import embedding_store, new_run_id
-from pipeline.root.log import Log, LogEntry, writing
+from pipeline.root.log import Lease, Log, LogEntry, writing
 from pipeline.root.manifest import ArtifactManifest, Record, SnapshotManifest, TrainedManifest, list_records, load
 from pipeline.root.result import remembered
 from pipeline.root.shards import Keys, is_among, read_keys
@@ -77,42 +78,45 @@ def collect(
     if dry_run:
         return collect_held(storage, config, keep, grace_s, None, compact=compact)
     with writing(storage, new_run_id(), config.compute.lease_ttl_s, say) as lease:
-        return collect_held(storage, config, keep, grace_s, lease.epoch, compact=compact)
+        return collect_held(storage, config, keep, grace_s, lease, compact=compact)
 
 
 def collect_held(
-    storage: Storage, config: Config, keep: int, grace_s: float, epoch: int | None, *, compact: bool = False
+    storage: Storage, config: Config, keep: int, grace_s: float, lease: Lease | None, *, compact: bool = False
 ) -> Collected:
-    """``collect`` by a caller who holds the root under ``epoch``; None: only tell what would go."""
+    """``collect`` by a caller who holds the root; None: only tell what would go."""
     log = Log(storage).refresh()
     files = storage.walk()
-    now = max((file.modified_s for file in files), default=0.0)  # our own entry of the log at the latest
-    if epoch is None:  # which makes none
-        now = max(now, time.time())
+    acquired = layout.log_entry(lease.epoch) if lease else ""
+    now = next(
+        (file.modified_s for file in files if file.path == acquired), time.time()
+    )  # by the storage's clock, where it can be
     commits = _kept_commits(storage, log, keep, _young_artifacts(files, now - grace_s))
     found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
     embeddings = embedding_store(storage, config)
-    needed = {*_needed(storage, embeddings, commits), *_told(log, commits, files), *remembered(storage)}
+    needed = {*_needed(storage, embeddings, commits), *_told(log, commits, files), *remembered(storage, datetime.now(UTC))}
     shared = config.store.embeddings is not None
     doomed = [
         file
         for file in files
-        if file.path not in needed and _is_collected(file, now - grace_s, epoch, with_embeddings=not shared)
+        if file.path not in needed
+        and _is_collected(file, now - grace_s, lease.epoch if lease else None, with_embeddings=not shared)
     ]
     for file in sorted(doomed, key=_order):
         folder = file.path.partition("/")[0]
         found.files[folder] = found.files.get(folder, 0) + 1
         found.size_bytes[folder] = found.size_bytes.get(folder, 0) + file.size_bytes
-        if epoch is not None:
+        if lease:
+            lease.check()
             storage.delete(file.path)
     if compact:
         old = {file.path for file in files if file.path in needed and file.modified_s < now - grace_s}
-        _compact(storage, embeddings, commits, old, found, write=epoch is not None)
+        _compact(storage, embeddings, commits, old, found, lease)
     return found
 
 
 def _compact(
-    storage: Storage, embeddings: Storage, commits: list[LogEntry], old: set[str], found: Collected, *, write: bool
+    storage: Storage, embeddings: Storage, commits: list[LogEntry], old: set[str], found: Collected, lease: Lease | None
 ) -> None:
     """Compact the shards of each encoder that kept artifacts have; those younger than the grace period stay as they are."""
     live: dict[str, Keys] = {}
@@ -127,7 +131,9 @@ def _compact(
         records = [record for record in store.records() if f"{layout.EMBEDDINGS}/{encoder}/{record.unit}.json" in old]
         for shards in compaction.plan(store, keys, records):
             found.shards_before += len(shards)
-            found.shards_after += 1 if not write else store.rewrite(shards) is not None
+            if lease:
+                lease.check()
+            found.shards_after += 1 if not lease else store.rewrite(shards) is not None
 
 
 def _order(file: Stored) -> tuple[int, str]:

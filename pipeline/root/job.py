@@ -1,8 +1,10 @@
 """What every stage of a run shares: config, storages, the resolved encoder, room for files, a way to tell progress."""
 
 import contextlib
+import fcntl
 import functools
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -22,6 +24,10 @@ from pipeline.root.storage import Storage
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+ALIVE = ".alive"
+"""The file in a scratch folder whose lock its process holds."""
+BEGINNING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -178,15 +184,38 @@ def new_run_id() -> str:
 def scratch(parent: str | None) -> Iterator[Path]:
     """A local folder for files in the making, gone afterwards. ``parent``: the folder that it is in, None: the system's own.
 
+    What processes that were killed have left there goes first: a disk would fill with it, night by night.
     Raises StorageError where the block cannot write.
     """
     parent = parent or tempfile.gettempdir()
     try:
         Path(parent).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent) as folder:
+        prefix = f".scratch-{socket.gethostname()}-"
+        for left in Path(parent).glob(f"{prefix}*"):
+            _remove_left(left)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, _alive(Path(folder)):
             yield Path(folder)
     except OSError as error:
         free = shutil.disk_usage(parent).free if Path(parent).is_dir() else 0
         raise StorageError(
             f"{parent}: cannot write files in the making, {error}, {free} bytes are free; make room or set compute.scratch"
         ) from error
+
+
+@contextlib.contextmanager
+def _alive(folder: Path) -> Iterator[None]:
+    """Hold the lock in a folder, where its file system has locks; the end of this process releases it."""
+    with (folder / ALIVE).open("a") as handle:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what a process of this machine that was killed has left; one that has just begun may hold no lock yet."""
+    with contextlib.suppress(OSError):
+        if time.time() - folder.stat().st_mtime < BEGINNING_S:
+            return
+        with (folder / ALIVE).open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,9 @@ from pipeline.root.storage import Storage
 
 ENTRY_NAME = re.compile(r"\d{12}\.json")
 
+CHECK_S = 1.0
+"""A writer that deletes asks the log so often whether it still may."""
+
 
 class LogEntry(Document):
     """One slot of the log. ``epoch`` is the slot of the writer's acquire (its own slot for an acquire).
@@ -109,6 +112,7 @@ class Lease:
         self._log = log
         self._storage = storage
         self._acquire = acquire
+        self._checked = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(ttl_s / 5,), daemon=True, name="vecmill-lease")
         self._thread.start()
@@ -122,6 +126,12 @@ class Lease:
     def run(self) -> str:
         """Name of this writer's run."""
         return self._acquire.run
+
+    def check(self) -> None:
+        """Raise LockedError when another writer has taken the root: before a write or delete that no later commit fences."""
+        if time.monotonic() - self._checked >= CHECK_S:
+            self._require_held()
+            self._checked = time.monotonic()
 
     def commit(self, artifact: str, manifest_sha256: str, evaluation: DataFile | None = None) -> LogEntry:
         """Make an artifact live; raises LockedError when another writer has taken the root."""
@@ -137,14 +147,17 @@ class Lease:
             self._append("release")
 
     def _append(self, kind: Literal["commit", "release"], **fields: str | int | DataFile | None) -> LogEntry:
-        holder = self._log.refresh().holder
-        if holder is None or holder.epoch != self.epoch:
-            raise LockedError(_lost(self._storage, self._acquire, holder))
+        self._require_held()
         entry = self._acquire.model_copy(update={"number": self._log.next, "kind": kind, "at": _now(), **fields})
         if not self._log.create(entry):
             raise LockedError(_lost(self._storage, self._acquire, self._log.refresh().holder))
         self._log.refresh()
         return entry
+
+    def _require_held(self) -> None:
+        holder = self._log.refresh().holder
+        if holder is None or holder.epoch != self.epoch:
+            raise LockedError(_lost(self._storage, self._acquire, holder))
 
     def _beat(self, interval_s: float) -> None:
         sequence = 0

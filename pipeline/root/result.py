@@ -85,25 +85,26 @@ def next_attempt(storage: Storage, digest: str, tick: datetime) -> str:
     return next(name for name in names if read_result(storage, name) is None)
 
 
-def history(storage: Storage) -> History:
+def history(storage: Storage, now: datetime) -> History:
     """What results and commits of a root say. A failed run settles its tick: the next tick is the next attempt.
 
-    ``gc`` takes old results, but not those that this rests on; the log keeps the commits.
+    What a clock that was ahead dated after ``now`` counts for nothing: it would settle all ticks until then. ``gc`` takes
+    old results, but not those that this rests on; the log keeps the commits.
     """
     settled = succeeded = None
-    for tick, result in _settling(storage):
+    for tick, result in _settling(storage, now):
         settled = settled or tick
         if result.exit_code == 0:
             succeeded = result.started
             break
-    built = _last_built(storage, succeeded)
+    built = _last_built(storage, succeeded, now)
     return History(_latest(settled, built), _latest(succeeded, built))
 
 
-def remembered(storage: Storage) -> set[str]:
+def remembered(storage: Storage, now: datetime) -> set[str]:
     """Paths of the results that ``history`` rests on: of the latest settled tick, and of the latest run that succeeded."""
     found: list[str] = []
-    for _, result in _settling(storage):
+    for _, result in _settling(storage, now):
         if not found or result.exit_code == 0:
             found.append(layout.run(result.run, "result.json"))
         if result.exit_code == 0:
@@ -111,21 +112,24 @@ def remembered(storage: Storage) -> set[str]:
     return set(found)
 
 
-def _settling(storage: Storage) -> Iterator[tuple[datetime, RunResult]]:
-    """Ticks that need no run any more with how their runs ended, latest first."""
+def _settling(storage: Storage, now: datetime) -> Iterator[tuple[datetime, RunResult]]:
+    """Ticks up to ``now`` that need no run any more with how their runs ended, latest first."""
     names = (path.rpartition("/")[2] for path in storage.list(layout.RUNS))
     ticks = sorted(((match[1], name) for name in names if (match := SCHEDULED.fullmatch(name))), reverse=True)
     for tick, name in ticks:
-        result = read_result(storage, name)
-        if result is not None and result.exit_code not in STOPPED:
-            yield datetime.strptime(tick, TICK_FORMAT).replace(tzinfo=UTC), result
+        moment = datetime.strptime(tick, TICK_FORMAT).replace(tzinfo=UTC)
+        result = read_result(storage, name) if moment <= now else None
+        if result is not None and result.started <= now and result.exit_code not in STOPPED:
+            yield moment, result
 
 
-def _last_built(storage: Storage, after: datetime | None) -> datetime | None:
-    """When the run began that built and committed last, if that was later than ``after``. A rollback builds nothing."""
+def _last_built(storage: Storage, after: datetime | None, now: datetime) -> datetime | None:
+    """When the run began that built and committed last up to ``now``, if later than ``after``. A rollback builds nothing."""
     epoch = None
     for entry in Log(storage).refresh().backwards():
         at = datetime.fromisoformat(entry.at)
+        if epoch is None and at > now:
+            continue
         if epoch is None and after and at <= after:
             return None
         if epoch is None and entry.kind == "commit" and str(entry.artifact).startswith(f"{entry.epoch:06d}-"):

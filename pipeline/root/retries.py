@@ -16,7 +16,7 @@ ATTEMPTS = 16
 FIRST_WAIT_S, GROWTH, LONGEST_WAIT_S = 0.1, 1.7, 15.0
 PASSING = (
     "SlowDown", "Throttling", "RequestLimitExceeded", "reduce your request rate", "TooManyRequests",
-    "RequestTimeout", "XAmzContentSHA256Mismatch",
+    "RequestTimeout", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict", "OperationAborted",
 )  # fmt: skip
 """In what a server says of a request that it may take a moment later, or that reached it broken."""
 GIVEN_UP = "not tried again"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import VerificationError
 from pipeline.root.manifest import DataFile
-from pipeline.root.storage import Storage, is_of_bytes
+from pipeline.root.storage import Storage
 
 KEY_BYTES = 16
 """Of the hash of a text that a passage is known by."""
@@ -121,6 +121,14 @@ def _reading(storage: Storage, path: str) -> Iterator[None]:
                 raise
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise VerificationError(f"{storage.at(path)}: not readable, {error}; delete it and its record, run again") from error
+
+
+def is_of_bytes(error: OSError) -> bool:
+    """Whether it is Arrow's, of bytes that it could not make sense of: those of files and stores have a number or a class.
+
+    But for one of gcsfs (``retry.validate_response``).
+    """
+    return type(error) is OSError and error.errno is None and not str(error).startswith("Forbidden: ")
 
 
 def read_keys(storage: Storage, folder: str, file: DataFile) -> Keys:

@@ -27,8 +27,8 @@ SCHEMES = {"file": None, "s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "adls", 
 """Allowed URI schemes and the extra that brings each (fsspec knows 55, ssh and http among them)."""
 WITHOUT_USER = ("s3", "gs", "gcs")
 """Schemes whose host is a bucket; in abfs:// the container stands before an @."""
-REFUSALS = ("PreconditionFailed", "pre-conditions you specified", "ConditionalRequestConflict")
-"""How an S3 says that the object is already there (412) or being made by another (409)."""
+REFUSALS = ("PreconditionFailed", "pre-conditions you specified")
+"""How an S3 says that the object is already there (412); where it is being made by another (409) it is asked again."""
 RANGE_BYTES, RANGES_AT_ONCE = 8 << 20, 8
 """Of a download: as much as that is in memory."""
 CLIENT_MODULES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs")
@@ -166,7 +166,7 @@ class Storage:
         """Move a finished local file here as one object, replacing any."""
         with self.explained("write", path):
             if not self.is_local:
-                self.fs.put_file(str(local), self.at(path))
+                self._upload(path, local)
                 local.unlink()
                 return
             target = Path(self.at(path))
@@ -183,6 +183,14 @@ class Storage:
                 temporary.unlink(missing_ok=True)
                 raise
             _sync_folder(target.parent)
+
+    def _upload(self, path: str, local: Path) -> None:
+        """A large one goes in parts, and a store may not know an upload any more whose last answer was lost."""
+        try:
+            self.fs.put_file(str(local), self.at(path))
+        except FileNotFoundError:
+            if self.size(path) != local.stat().st_size:
+                raise
 
     def fetch(self, path: str, local: Path) -> None:
         """Copy an object to a local file, some ranges of it at a time; whoever knows its hash should check what comes.
@@ -232,14 +240,6 @@ class Storage:
             if not type(error).__module__.startswith(CLIENT_MODULES):
                 raise
             raise StorageError(f"{self.at(path)}: cannot {action} it, {error}; check endpoint and credentials") from error
-
-
-def is_of_bytes(error: OSError) -> bool:
-    """Whether it is Arrow's, of bytes that it could not make sense of: those of files and stores have a number or a class.
-
-    But for one of gcsfs (``retry.validate_response``).
-    """
-    return type(error) is OSError and error.errno is None and not str(error).startswith("Forbidden: ")
 
 
 def file_at(uri: str, store: StoreConfig) -> tuple[Storage, str]:

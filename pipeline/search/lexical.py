@@ -6,6 +6,7 @@ them too. The vocabulary is a sorted column in a mapped file: as a dict of strin
 """
 
 import json
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -221,8 +222,11 @@ def _blocks(file: Path) -> Iterator[Any]:
 
 
 def _create(file: Path, dtype: Any, count: int) -> Any:
-    """A mapped .npy file; nothing can be mapped of an empty one."""
+    """A mapped .npy file that has its room on the disk; nothing can be mapped of an empty one. Raises OSError."""
     if not count:
         np.save(file, np.empty(0, dtype=dtype))
         return np.empty(0, dtype=dtype)
-    return cast(Any, np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(count,)))
+    mapped = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(count,))
+    with file.open("rb+") as handle:
+        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)  # else a full disk would be a SIGBUS
+    return cast(Any, mapped)

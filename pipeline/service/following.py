@@ -5,11 +5,13 @@ old one end on it, and the last of them frees it. What is broken or of another e
 the service says that it is degraded.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 
 from pipeline.artifacts.live import Elsewhere, Opened, open_commit, search_point
 from pipeline.config import Config, SearchConfig
@@ -20,8 +22,10 @@ from pipeline.root.log import Log, LogEntry
 from pipeline.root.manifest import OperatingPoint
 from pipeline.root.storage import Storage
 
-RETRY_S = 60.0
-"""A commit that was refused is tried again after so long: its files may have been restored."""
+RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+"""A commit that was refused is tried again after so long, its files may have been restored; then after twice as long."""
+EARLIER = 3
+"""Artifacts before the live one that are tried where a service starts and that one cannot be opened."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,19 +73,43 @@ class Current:
         self._meters.count(SWAPS, result="refused")
 
 
+class Refusal:
+    """What was refused last, and until when it need not be tried again."""
+
+    def __init__(self) -> None:
+        self._what: object = None
+        self._wait_s = self._until = 0.0
+
+    def holds(self, what: object) -> bool:
+        """Whether it is too early to try this again."""
+        return what == self._what and time.monotonic() < self._until
+
+    def again(self, what: object) -> None:
+        """It was refused, for the first time or once more."""
+        self._wait_s = min(2 * self._wait_s, LONGEST_RETRY_S) if what == self._what else RETRY_S
+        self._what, self._until = what, time.monotonic() + self._wait_s
+
+
 class Follower:
     """Opens what is live; its thread asks the log for the next entry every ``serve.poll_s`` seconds."""
 
     def __init__(self, config: Config, meters: Meters, elsewhere: Elsewhere | None = None) -> None:
-        """Raises ConfigError where nothing is live, VerificationError where that is broken."""
+        """Raises ConfigError where nothing is live, what opening it raises where that and what was before are broken."""
         self._config = config
         self._elsewhere = elsewhere
         self._log = Log(Storage(config.root, config.store))
         entry = self._log.refresh().live
         if entry is None:
             raise ConfigError(f"{config.root}: nothing is live here; run vecmill reindex first")
-        self.current = Current(self._open(entry, None), meters)
-        self._refused: tuple[int, float] | None = None
+        self._refusal = Refusal()
+        try:
+            self.current = Current(self._open(entry, None), meters)
+        except (VecmillError, OSError) as error:
+            earlier = self._earlier(entry)
+            if earlier is None:
+                raise
+            self.current = Current(earlier, meters)
+            self._refuse(entry, error)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="vecmill-follower")
 
@@ -110,16 +138,27 @@ class Follower:
         if entry is None or entry.number == self.current.served.commit:
             self.current.degraded = None
             return
-        if self._refused and self._refused[0] == entry.number and time.monotonic() < self._refused[1]:
+        if self._refusal.holds(entry.number):
             return
         try:
             served = self._open(entry, self.current.served)
         except (VecmillError, OSError) as error:
-            self._refused = (entry.number, time.monotonic() + RETRY_S)
-            _log.warning("commit %d is not served: %s", entry.number, error)
-            self.current.refuse(f"commit {entry.number} is not served: {error}")
+            self._refuse(entry, error)
             return
         self.current.switch(served)
+
+    def _refuse(self, entry: LogEntry, error: Exception) -> None:
+        self._refusal.again(entry.number)
+        _log.warning("commit %d is not served: %s", entry.number, error)
+        self.current.refuse(f"commit {entry.number} is not served: {error}")
+
+    def _earlier(self, live: LogEntry) -> Served | None:
+        """The latest of the artifacts before the live one that can be opened."""
+        commits = (entry for entry in self._log.backwards() if entry.kind == "commit" and entry.artifact != live.artifact)
+        for entry in islice(commits, EARLIER):
+            with contextlib.suppress(VecmillError, OSError):
+                return self._open(entry, None)
+        return None
 
     def _open(self, entry: LogEntry, before: Served | None) -> Served:
         opened = open_commit(self._config, entry, before.opened if before else None, self._elsewhere)

@@ -6,7 +6,6 @@ it is asked.
 
 import logging
 import threading
-import time
 from collections import OrderedDict
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from pipeline.root import layout
 from pipeline.root.log import Log
 from pipeline.root.storage import Storage
 from pipeline.search.partition import LocalPartition
-from pipeline.service.following import RETRY_S
+from pipeline.service.following import RETRY_S, Refusal
 
 KEPT = 2
 
@@ -38,13 +37,14 @@ class Holding:
         self._changed = threading.Lock()
         self._opening = threading.Lock()
         self._stop = threading.Event()
+        self._refusal = Refusal()
         if artifact is not None:
             self._storage = Storage(artifact, config.store if config else None)
             self._hold(self._opened(""))
         elif config is not None:
             self._storage = Storage(config.root, config.store)
             log = Log(self._storage)
-            self._follow(log)
+            self._look(log)
             threading.Thread(target=self._run, args=(log, config.serve.poll_s), daemon=True, name="vecmill-holding").start()
         else:
             raise ConfigError("serve: give config (a path) or artifact (a URI)")
@@ -91,21 +91,22 @@ class Holding:
                 self._held.move_to_end(version)
             return self._held.get(version)
 
-    def _follow(self, log: Log) -> None:
-        entry = log.refresh().live
-        if entry is not None and entry.artifact is not None:
-            self.partition(entry.artifact)
+    def _look(self, log: Log) -> None:
+        """Have what is live. What cannot be opened is refused by the router, which may ask for what was before."""
+        version = None
+        try:
+            entry = log.refresh().live
+            version = entry.artifact if entry else None
+            if version is not None and not self._refusal.holds(version):
+                self.partition(version)
+        except (VecmillError, OSError) as error:
+            self._refusal.again(version)
+            _log.warning("what is live cannot be opened: %s", error)
 
     def _run(self, log: Log, poll_s: float) -> None:
-        after = 0.0
         while not self._stop.wait(poll_s):
-            if time.monotonic() < after:
-                continue
             try:
-                self._follow(log)
-            except (VecmillError, OSError) as error:
-                after = time.monotonic() + RETRY_S  # the router refuses the commit and says so
-                _log.warning("what is live cannot be opened: %s", error)
+                self._look(log)
             except Exception:  # noqa: BLE001 - else this thread ended, and nothing would ever be followed again
-                after = time.monotonic() + RETRY_S
                 _log.exception("the log of %s cannot be followed", self._storage.uri)
+                self._stop.wait(RETRY_S)
