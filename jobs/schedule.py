@@ -4,6 +4,7 @@ Its memory is what is under the root (pipeline.root.result): after a restart it 
 nothing twice. A run is a process of its own, so no end of a run is the scheduler's end, and its exit code is only told.
 """
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -126,7 +127,8 @@ def follow(times: Schedule, runner: Runner, clock: Clock, *, once: bool = False)
     while True:
         now, code = clock.now(), 0
         if known.settled and known.settled > now:  # the clock was ahead and has been put right
-            known = runner.history(now)
+            with contextlib.suppress(VecmillError):  # of a storage that is away: asked again after the next sleep
+                known = runner.history(now)
         if tick := times.due(known.settled, now):
             ended = runner.run(tick, now)
             code = ended or 0

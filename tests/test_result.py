@@ -124,7 +124,11 @@ def test_what_a_clock_that_was_ahead_has_dated_settles_nothing(tmp_path):
     ahead = NOW + 365 * DAY
     end(storage, scheduled_name("00aa", ahead, 1), 0, ahead)
     end(storage, scheduled_name("00aa", TICK + timedelta(hours=1), 1), 0, ahead)
-    assert history(storage, TICK + DAY / 24) == History(settled=TICK, succeeded=TICK)
+    assert history(storage, TICK + DAY / 48) == History(settled=TICK, succeeded=TICK)
+    assert history(storage, TICK + DAY / 12) == History(settled=TICK + DAY / 24, succeeded=TICK), (
+        "a tick that is past is settled"
+    )
     assert history(storage, NOW) == History(settled=began, succeeded=began)
     assert history(storage, ahead).succeeded == ahead
-    assert remembered(storage, NOW) == {layout.run(scheduled_name("00aa", TICK, 1), "result.json")}
+    names = (scheduled_name("00aa", tick, 1) for tick in (TICK, TICK + DAY / 24))
+    assert remembered(storage, NOW) == {layout.run(name, "result.json") for name in names}

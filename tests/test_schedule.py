@@ -220,6 +220,20 @@ def test_once_runs_what_is_due_and_exits_with_its_code(tmp_path):
 
 def test_a_clock_that_was_ahead_and_is_put_right_does_not_silence_the_scheduler(tmp_path):
     root, ahead = tmp_path / "root", NOON + timedelta(days=365)
-    runner = scheduled(root, HOURLY, ahead, ahead + 1.5 * HOUR)
-    assert runner.ticks
+    assert scheduled(root, HOURLY, ahead, ahead + 0.5 * HOUR).ticks
     assert scheduled(root, HOURLY, NOON + HOUR / 2, NOON + 2.5 * HOUR).ticks == [NOON, NOON + HOUR, NOON + 2 * HOUR]
+
+
+def test_nor_does_one_that_is_put_right_while_the_scheduler_runs(tmp_path):
+    clock = TurnedClock(NOON + timedelta(days=365), NOON + timedelta(days=366))
+    runner = TimedRunner(tmp_path / "root", clock)
+    sleep = clock.sleep
+
+    def put_right(seconds):
+        if len(runner.ticks) == 1:
+            clock.time, clock.until = NOON + HOUR / 2, NOON + 2.5 * HOUR
+        sleep(seconds)
+
+    with pytest.raises(StoppedError):
+        follow(HOURLY, runner, Clock(clock.now, put_right))
+    assert runner.ticks[1:] == [NOON, NOON + HOUR, NOON + 2 * HOUR]

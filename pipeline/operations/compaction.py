@@ -15,6 +15,7 @@ from pipeline.ann.index_shard import put_codes
 from pipeline.embed.embeddings import REJECTED_SCHEMA, put_embeddings, vectors_of
 from pipeline.fingerprint import sha256
 from pipeline.root import layout
+from pipeline.root.log import Lease
 from pipeline.root.manifest import Record, TrainedManifest, list_records, load
 from pipeline.root.shards import KEY_DTYPE, ROW_GROUP_ROWS, Keys, is_among, keys_of, read_columns, read_keys, to_rows
 from pipeline.root.storage import Storage
@@ -62,8 +63,12 @@ class Store:
         keys = read_keys(self.embeddings, self.encoder, record.files[0])
         return Shard(record, ~is_among(keys, erased), ~is_among(self._rejected(record), erased))
 
-    def rewrite(self, shards: Sequence[Shard]) -> Record | None:
-        """One shard of the rows that stay, made from several that go; None where no row stays."""
+    def rewrite(self, shards: Sequence[Shard], lease: Lease) -> Record | None:
+        """One shard of the rows that stay, made from several that go; None where no row stays.
+
+        Raises LockedError, and deletes none, where another writer has taken the root.
+        """
+        lease.check()
         tables = [read_columns(self.embeddings, self.encoder, shard.record.files[0], ["key", "embedding"]) for shard in shards]
         kept = np.concatenate([shard.kept for shard in shards])
         table = pa.concat_tables(tables)
@@ -80,6 +85,7 @@ class Store:
             draft = Record(unit=sha256(every[order].tobytes())[:20], files=(), counts=counts)
             record = put_embeddings(self.embeddings, self.encoder, every[order], padded[order], failed, draft)
             self._put_codes(shards, np.argsort(keys, kind="stable"), record.unit)
+        lease.check()
         for shard in shards:
             if record is None or shard.record.unit != record.unit:
                 self._delete(shard.record)

@@ -5,6 +5,7 @@ earlier artifacts and snapshots, the vectors and codes of its passages. Objects 
 ``search.cache_dir`` of any machine, training pairs, models trained on them and the corpus itself are beyond this.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -62,7 +63,7 @@ def purge(config: Config, doc_ids: Collection[str], say: Callable[[str], None] =
         keys = keys[~is_among(keys, live_keys(storage, parts(storage, snapshot)))]  # other documents may say the same
         vectors = sum(_erase_vectors(Store(storage, shared, encoder), keys, lease) for encoder in _encoders(shared))
         passages, rejected = _erase_rows(storage, snapshot, ids, id_keys, lease)
-        gone = upkeep.collect_held(storage, config, keep=1, grace_s=-1, lease=lease)
+        gone = upkeep.collect_held(storage, config, keep=1, grace_s=-math.inf, lease=lease)
         _erase_told(storage, doc_ids, lease)
     searched = _search(storage, storage.walk(), ids, id_keys, keys)
     searched += _search(shared, shared.walk(), ids, id_keys, keys) if config.store.embeddings else 0
@@ -119,8 +120,7 @@ def _erase_vectors(store: Store, keys: Keys, lease: Lease) -> int:
         shard = store.without(record, keys)
         if not (shard.kept.all() and shard.kept_rejected.all()):
             count += int((~shard.kept).sum())
-            lease.check()
-            store.rewrite([shard])
+            store.rewrite([shard], lease)
     return count
 
 
@@ -141,6 +141,7 @@ def _erase_rows(storage: Storage, snapshot: SnapshotManifest, ids: Any, id_keys:
         lease.check()
         _put_snapshot(storage, snapshot, list(fresh.values()), masked)
         for record in changed:
+            lease.check()
             storage.put(layout.ingest_record(record.unit), to_bytes(record))
     old = {record.unit: record for record in records}
     pairs = [(old[record.unit].counts, record.counts) for record in changed]

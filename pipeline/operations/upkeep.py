@@ -131,9 +131,7 @@ def _compact(
         records = [record for record in store.records() if f"{layout.EMBEDDINGS}/{encoder}/{record.unit}.json" in old]
         for shards in compaction.plan(store, keys, records):
             found.shards_before += len(shards)
-            if lease:
-                lease.check()
-            found.shards_after += 1 if not lease else store.rewrite(shards) is not None
+            found.shards_after += 1 if not lease else store.rewrite(shards, lease) is not None
 
 
 def _order(file: Stored) -> tuple[int, str]:

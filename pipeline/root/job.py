@@ -184,13 +184,13 @@ def new_run_id() -> str:
 def scratch(parent: str | None) -> Iterator[Path]:
     """A local folder for files in the making, gone afterwards. ``parent``: the folder that it is in, None: the system's own.
 
-    What processes that were killed have left there goes first: a disk would fill with it, night by night.
+    What processes of this machine that were killed have left there goes first: a disk would fill with it, night by night.
     Raises StorageError where the block cannot write.
     """
     parent = parent or tempfile.gettempdir()
     try:
         Path(parent).mkdir(parents=True, exist_ok=True)
-        prefix = f".scratch-{socket.gethostname()}-"
+        prefix = f".scratch-{socket.gethostname()}@"
         for left in Path(parent).glob(f"{prefix}*"):
             _remove_left(left)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, _alive(Path(folder)):

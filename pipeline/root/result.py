@@ -94,7 +94,7 @@ def history(storage: Storage, now: datetime) -> History:
     settled = succeeded = None
     for tick, result in _settling(storage, now):
         settled = settled or tick
-        if result.exit_code == 0:
+        if _succeeded(result, now):
             succeeded = result.started
             break
     built = _last_built(storage, succeeded, now)
@@ -105,9 +105,9 @@ def remembered(storage: Storage, now: datetime) -> set[str]:
     """Paths of the results that ``history`` rests on: of the latest settled tick, and of the latest run that succeeded."""
     found: list[str] = []
     for _, result in _settling(storage, now):
-        if not found or result.exit_code == 0:
+        if not found or _succeeded(result, now):
             found.append(layout.run(result.run, "result.json"))
-        if result.exit_code == 0:
+        if _succeeded(result, now):
             break
     return set(found)
 
@@ -119,8 +119,12 @@ def _settling(storage: Storage, now: datetime) -> Iterator[tuple[datetime, RunRe
     for tick, name in ticks:
         moment = datetime.strptime(tick, TICK_FORMAT).replace(tzinfo=UTC)
         result = read_result(storage, name) if moment <= now else None
-        if result is not None and result.started <= now and result.exit_code not in STOPPED:
+        if result is not None and result.exit_code not in STOPPED:
             yield moment, result
+
+
+def _succeeded(result: RunResult, now: datetime) -> bool:
+    return result.exit_code == 0 and result.started <= now
 
 
 def _last_built(storage: Storage, after: datetime | None, now: datetime) -> datetime | None:

@@ -222,11 +222,12 @@ def _blocks(file: Path) -> Iterator[Any]:
 
 
 def _create(file: Path, dtype: Any, count: int) -> Any:
-    """A mapped .npy file that has its room on the disk; nothing can be mapped of an empty one. Raises OSError."""
+    """A mapped .npy file that has its room on the disk, where it can be had; nothing is mapped of an empty one. Raises OSError."""
     if not count:
         np.save(file, np.empty(0, dtype=dtype))
         return np.empty(0, dtype=dtype)
     mapped = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(count,))
-    with file.open("rb+") as handle:
-        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)  # else a full disk would be a SIGBUS
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with file.open("rb+") as handle:
+            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)  # else a full disk would be a SIGBUS
     return cast(Any, mapped)

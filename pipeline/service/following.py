@@ -5,13 +5,11 @@ old one end on it, and the last of them frees it. What is broken or of another e
 the service says that it is degraded.
 """
 
-import contextlib
 import logging
 import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 
 from pipeline.artifacts.live import Elsewhere, Opened, open_commit, search_point
 from pipeline.config import Config, SearchConfig
@@ -22,7 +20,7 @@ from pipeline.root.log import Log, LogEntry
 from pipeline.root.manifest import OperatingPoint
 from pipeline.root.storage import Storage
 
-RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+RETRY_S, LONGEST_RETRY_S = 60.0, 900.0
 """A commit that was refused is tried again after so long, its files may have been restored; then after twice as long."""
 EARLIER = 3
 """Artifacts before the live one that are tried where a service starts and that one cannot be opened."""
@@ -153,11 +151,17 @@ class Follower:
         self.current.refuse(f"commit {entry.number} is not served: {error}")
 
     def _earlier(self, live: LogEntry) -> Served | None:
-        """The latest of the artifacts before the live one that can be opened."""
-        commits = (entry for entry in self._log.backwards() if entry.kind == "commit" and entry.artifact != live.artifact)
-        for entry in islice(commits, EARLIER):
-            with contextlib.suppress(VecmillError, OSError):
-                return self._open(entry, None)
+        """The latest artifact made before the live one that can be opened; not a later one, which was rolled back."""
+        tried = {live.artifact}
+        for entry in self._log.backwards():
+            if len(tried) > EARLIER:
+                break
+            if entry.kind == "commit" and entry.artifact not in tried and str(entry.artifact) < str(live.artifact):
+                tried.add(entry.artifact)
+                try:
+                    return self._open(entry, None)
+                except (VecmillError, OSError) as error:
+                    _log.warning("commit %d is not served either: %s", entry.number, error)
         return None
 
     def _open(self, entry: LogEntry, before: Served | None) -> Served:

@@ -44,7 +44,7 @@ class Holding:
         elif config is not None:
             self._storage = Storage(config.root, config.store)
             log = Log(self._storage)
-            self._look(log)
+            self._look(log, starting=True)
             threading.Thread(target=self._run, args=(log, config.serve.poll_s), daemon=True, name="vecmill-holding").start()
         else:
             raise ConfigError("serve: give config (a path) or artifact (a URI)")
@@ -91,8 +91,11 @@ class Holding:
                 self._held.move_to_end(version)
             return self._held.get(version)
 
-    def _look(self, log: Log) -> None:
-        """Have what is live. What cannot be opened is refused by the router, which may ask for what was before."""
+    def _look(self, log: Log, *, starting: bool = False) -> None:
+        """Have what is live. What is broken the router refuses, and asks for what was before.
+
+        Raises what else a replica that starts cannot do: it is tried again, and asked nothing until then.
+        """
         version = None
         try:
             entry = log.refresh().live
@@ -100,7 +103,10 @@ class Holding:
             if version is not None and not self._refusal.holds(version):
                 self.partition(version)
         except (VecmillError, OSError) as error:
-            self._refusal.again(version)
+            if starting and not isinstance(error, VerificationError):
+                raise
+            if version is not None:
+                self._refusal.again(version)
             _log.warning("what is live cannot be opened: %s", error)
 
     def _run(self, log: Log, poll_s: float) -> None:
