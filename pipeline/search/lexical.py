@@ -222,7 +222,7 @@ def _blocks(file: Path) -> Iterator[Any]:
 
 
 def _create(file: Path, dtype: Any, count: int) -> Any:
-    """A mapped .npy file that has its room on the disk, where it can be had; nothing is mapped of an empty one. Raises OSError."""
+    """A mapped .npy file that has its room on the disk, where it can be had; none is made of an empty one. Raises OSError."""
     if not count:
         np.save(file, np.empty(0, dtype=dtype))
         return np.empty(0, dtype=dtype)
