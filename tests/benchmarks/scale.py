@@ -2,9 +2,10 @@
 
 ``python tests/benchmarks/scale.py FOLDER STATIC [MODEL SIZE ...]``: FOLDER as for index.py, STATIC a folder with a static
 model, by which all sizes are encoded, so that what is measured is the pipeline and not a model; ``minilm 10000`` adds a size
-by MiniLM. Each run is the command over JSON lines in files of 25,000 documents, on local files. Exponents are of wall time
-above that of the same command over ten documents. Memory is that of a process without mapped files (RssAnon), the most that a
-sample saw. Requests are those of a root on SeaweedFS, counted by a proxy before it. scale.svg is the README's plot of it.
+by MiniLM; ``requests`` instead counts those of S3 anew and measures nothing else. Each run is the command over JSON lines in
+files of 25,000 documents, on local files. Exponents are of wall time above that of the same command over ten documents. Memory
+is that of a process without mapped files (RssAnon), the most that a sample saw. Requests are those of a root on SeaweedFS,
+counted by a proxy before it. scale.svg is the README's plot of it.
 """
 
 import contextlib
@@ -47,8 +48,12 @@ FILE_DOCUMENTS = 25_000
 def main() -> None:
     folder, static = Path(sys.argv[1]).absolute(), str(Path(sys.argv[2]).absolute())
     texts = debian.documents_and_sentences(folder)
-    asked = [("static", size) for size in SIZES] + list(zip(sys.argv[3::2], map(int, sys.argv[4::2]), strict=True))
     encoders = {"static": {"model": static}, "minilm": {}}
+    file = Path(__file__).with_suffix(".json")
+    if sys.argv[3:] == ["requests"]:
+        file.write_text(json.dumps(json.loads(file.read_text()) | count_requests(folder, texts, encoders), indent=1) + "\n")
+        return
+    asked = [("static", size) for size in SIZES] + list(zip(sys.argv[3::2], map(int, sys.argv[4::2]), strict=True))
     found: dict[str, Any] = {"measured": machine(), "documents": len(texts), "start_up": {}, "runs": []}
     for model in dict.fromkeys(model for model, _ in asked):
         measure(folder / "scale", texts[:START_UP], encoders[model])  # the first run of a machine traces a model
@@ -58,13 +63,18 @@ def main() -> None:
         print(json.dumps(found["runs"][-1]), flush=True)
     for model in found["start_up"]:
         exponents([run for run in found["runs"] if run["model"] == model], found["start_up"][model])
-    found["requests"] = [requests(folder / "scale", texts[:size], encoders["static"]) for size in COUNTED]
-    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    found |= count_requests(folder, texts, encoders)
+    file.write_text(json.dumps(found, indent=1) + "\n")
     draw(
         [run for run in found["runs"] if run["model"] == "static"],
         found["start_up"]["static"],
         Path(__file__).with_suffix(".svg"),
     )
+
+
+def count_requests(folder: Path, texts: list[str], encoders: dict[str, dict[str, str]]) -> dict[str, Any]:
+    counted = [requests(folder / "scale", texts[:size], encoders["static"]) for size in COUNTED]
+    return {"requests": counted, "requests_measured": machine()}
 
 
 def measure(home: Path, texts: list[str], encoder: dict[str, str]) -> dict[str, Any]:

@@ -343,7 +343,7 @@ def test_parts_of_the_job_add_up(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", sentences(25))
     config = make_config(tmp_path / "root", tmp_path / "a.jsonl")
     assert ingest_only(config).counts["documents"] == 25
-    with pytest.raises(VerificationError, match="25 of 25 passages have no vector; run embed"):
+    with pytest.raises(VerificationError, match="25 of 25 passages have no vector; run again"):
         reindex(config, encode=False)
     assert embed_only(config) == 25
     outcome = reindex(config, encode=False)
