@@ -217,7 +217,8 @@ def spoil_codes(artifact):
         (spoil_codes, "index entries have not the list and code of their vector"),
     ],
 )
-def test_audit_names_what_is_wrong(folder, spoil, message):
+def test_audit_names_what_is_wrong(folder, spoil, message, monkeypatch):
+    monkeypatch.setattr("pipeline.artifacts.artifact.check_sizes", lambda *_: None)  # which would tell of some of these first
     config = config_of(folder)
     live = open_live(config).manifest
     spoil(folder / "root" / layout.artifact(live.version))
