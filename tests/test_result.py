@@ -1,6 +1,7 @@
 """Results of runs, and what they and the log say of the past."""
 
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,18 +103,20 @@ def test_history_knows_commits_when_results_are_gone_and_no_rollback_settles_a_t
 
 
 @pytest.mark.usefixtures("alone")
-def test_gc_keeps_the_results_that_a_scheduler_rests_on(tmp_path):
+def test_gc_keeps_the_results_that_a_scheduler_rests_on(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", sentences(5))
     config = make_config(tmp_path / "root", tmp_path / "a.jsonl", index={"kind": "flat"})
     reindex(config)
     storage = Storage(config.root)
-    names = [scheduled_name("abc123", TICK - 1000 * DAY + day * DAY, 1) for day in range(5)]
+    names = [scheduled_name("abc123", TICK + 1000 * DAY + day * DAY, 1) for day in range(5)]
     for name, code in zip(names, (0, 0, 3, 1, 143), strict=True):
-        end(storage, name, code, TICK - 1000 * DAY)
-    before = history(storage, NOW)
-    assert before.settled is not None and before.settled > TICK - 997 * DAY, "the commit is of today"
+        end(storage, name, code, TICK + 1000 * DAY)
+    later = TICK + 1005 * DAY
+    before = history(storage, later)
+    assert before.settled == TICK + 1003 * DAY
+    monkeypatch.setattr(upkeep, "datetime", SimpleNamespace(now=lambda _zone: later))
     upkeep.collect(config, keep=1, grace_s=-1)
-    assert history(storage, NOW) == before
+    assert history(storage, later) == before
     assert [name for name in names if read_result(storage, name)] == [names[1], names[3]]
 
 

@@ -6,8 +6,9 @@ of an index that does not fit the memory of its merge), ``manifest.json``. No pi
 A folder without a manifest is no artifact; a published one is never touched again.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.errors import VerificationError
@@ -63,11 +64,18 @@ def check_sizes(storage: Storage, folder: str, files: Mapping[str, DataFile]) ->
 
 def fetch_file(storage: Storage, path: str, expected: DataFile, local: Path) -> None:
     """Copy a file to this machine; raises VerificationError unless size and SHA-256 are the expected ones."""
-    try:
+    with listed():
         storage.fetch(path, local)
+    verify_file(Storage(str(local.parent)), local.name, expected)
+
+
+@contextlib.contextmanager
+def listed() -> Iterator[None]:
+    """A block that copies what a manifest lists: VerificationError where it is not there."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise VerificationError(f"{error}; the manifest lists it, restore or rebuild the artifact") from error
-    verify_file(Storage(str(local.parent)), local.name, expected)
 
 
 def verify_file(storage: Storage, path: str, expected: DataFile) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.ann.vectors import INT8, VECTORS
-from pipeline.artifacts.artifact import MANIFEST, READ_BYTES, fetch_file
+from pipeline.artifacts.artifact import MANIFEST, READ_BYTES, fetch_file, listed
 from pipeline.config import SearchConfig
 from pipeline.errors import StorageError, VerificationError
 from pipeline.fingerprint import sha256
@@ -96,11 +96,10 @@ def _copy(storage: Storage, folder: str, manifest: ArtifactManifest, kept: dict[
             if len(kept[name]) == file.size_bytes:
                 fetch_file(storage, path, file, copy / name)
             else:
-                _copy_bytes(storage, path, file, kept[name], copy / name)
+                with listed():
+                    _copy_bytes(storage, path, file, kept[name], copy / name)
         (copy / MANIFEST).write_bytes(data)
         copy.replace(target)
-    except FileNotFoundError as error:
-        raise VerificationError(f"{error}; the manifest lists it, restore or rebuild the artifact") from error
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 

@@ -23,10 +23,16 @@ class Coverage:
 
 def covered(job: Job, snapshot: SnapshotManifest) -> Coverage:
     """What an index of the snapshot covers, by what the embedding store says of the job's encoder. Writes nothing."""
-    left_out = quarantined_keys(job.embeddings, job.embedding_folder, job.embedding_records())
-    if len(left_out):
-        left_out = left_out[is_among(left_out, live_keys(job.storage, parts(job.storage, snapshot)))]
-    return Coverage(snapshot, left_out)
+    return Coverage(snapshot, _left_out(job, snapshot)[0])
+
+
+def _left_out(job: Job, snapshot: SnapshotManifest) -> tuple[Keys, int]:
+    """Sorted keys of the snapshot that have no vector, and how many keys it has; those are counted where one may have none."""
+    found = quarantined_keys(job.embeddings, job.embedding_folder, job.embedding_records())
+    if not len(found):
+        return found, 0
+    live = live_keys(job.storage, parts(job.storage, snapshot))
+    return found[is_among(found, live)], len(live)
 
 
 def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
@@ -34,12 +40,10 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
 
     Raises DataError when more passages are left out than the config accepts, or all. Those that are read together count as one.
     """
-    coverage = covered(job, snapshot)
-    left_out = coverage.left_out
+    left_out, total = _left_out(job, snapshot)
     rejected, skipped = snapshot.counts["rejected"], snapshot.counts["skipped_files"]
     where = put_quarantine(job, snapshot, left_out) if rejected or skipped or len(left_out) else ""
     if len(left_out):
-        total = len(covered_keys(job, coverage)) + len(left_out)
         counts = f"{total} passages = {total - len(left_out)} with a vector + {len(left_out)} quarantined"
         job.say(Event("embed", f"{counts}, see {where}"))
         most = ceiling(job.config.corpus, total)
@@ -50,7 +54,7 @@ def cover(job: Job, snapshot: SnapshotManifest) -> Coverage:
             )
     elif where:
         job.say(Event("embed", f"what was rejected, {rejected} rows and {skipped} files, is in {where}"))
-    return coverage
+    return Coverage(snapshot, left_out)
 
 
 def covered_keys(job: Job, coverage: Coverage) -> Keys:

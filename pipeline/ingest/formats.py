@@ -30,7 +30,7 @@ from pipeline.ingest.slices import (
     opened,
     require,
 )
-from pipeline.root.shards import is_of_bytes
+from pipeline.root.shards import is_storages
 from pipeline.root.storage import Storage
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -156,7 +156,7 @@ def _lines(handle: BinaryIO, part: Slice) -> Iterator[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
         raise BadFileError(f"{part.uri}: E_COMPRESSION, {error}; compress the file again") from error
     except OSError as error:
-        if not (is_of_bytes(error) and part.uri.endswith(COMPRESSION_ENDINGS)):
+        if is_storages(error) or not part.uri.endswith(COMPRESSION_ENDINGS):
             raise
         raise BadFileError(f"{part.uri}: E_COMPRESSION, {error}; compress the file again") from error
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.config import StoreConfig
 from pipeline.errors import BadFileError
 from pipeline.ingest.slices import Columns, Rows, Slice, check_expansion, opened, require
-from pipeline.root.shards import is_of_bytes
+from pipeline.root.shards import is_storages
 
 BATCH_ROWS = 1024
 EXTENSION = b"ARROW:extension:name"
@@ -54,7 +54,7 @@ def read_parquet(part: Slice, columns: Columns, store: StoreConfig) -> Rows:
                     yield number, dict(zip(names, row, strict=True))
                     number += 1
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and not is_of_bytes(error):
+            if is_storages(error):
                 raise
             found = f"after row {number}, {error}; write the file again"
             raise BadFileError(f"{part.uri}: E_PARQUET_CORRUPT, {found}") from error
@@ -92,7 +92,7 @@ def _parquet(handle: BinaryIO, part: Slice) -> Any:
             raise BadFileError(f"{part.uri}: E_UNSUPPORTED, {found}")
         return pq.ParquetFile(handle, metadata=metadata, page_checksum_verification=True)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and not is_of_bytes(error):
+        if is_storages(error):
             raise
         handle.seek(0)
         head = handle.read(4)

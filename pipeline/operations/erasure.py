@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.artifacts import publish
 from pipeline.config import Config
 from pipeline.errors import ConfigError, VerificationError
-from pipeline.ingest.documents import count_passages, deleted_keys
+from pipeline.ingest.documents import FATES, count_passages, deleted_keys
 from pipeline.ingest.ingestion import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, REJECTED_SCHEMA
 from pipeline.ingest.snapshot import MASKED_SCHEMA, live_keys, parts, snapshot_of, unit_records
 from pipeline.operations import upkeep
@@ -211,7 +211,7 @@ def _put_snapshot(storage: Storage, snapshot: SnapshotManifest, records: list[Re
     conflicts = snapshot.rejected.rows if snapshot.rejected else 0
     counts["rejected"] = sum(record.counts["rejected"] for record in records) + conflicts
     if "deleted" in counts:
-        settled = (counts.get(name, 0) for name in ("documents", "rejected", "duplicates", "replaced"))
+        settled = (counts.get(name, 0) for name in FATES if name != "deleted")
         counts["deleted"] = counts["rows"] - sum(settled)
     storage.put(layout.snapshot(snapshot.snapshot), to_bytes(snapshot.model_copy(update={"masked": file, "counts": counts})))
 

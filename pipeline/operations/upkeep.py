@@ -87,20 +87,15 @@ def collect_held(
     """``collect`` by a caller who holds the root; None: only tell what would go."""
     log = Log(storage).refresh()
     files = storage.walk()
-    acquired = layout.log_entry(lease.epoch) if lease else ""
-    now = next(
-        (file.modified_s for file in files if file.path == acquired), time.time()
-    )  # by the storage's clock, where it can be
-    commits = _kept_commits(storage, log, keep, _young_artifacts(files, now - grace_s))
+    epoch = lease.epoch if lease else None
+    before_s = _now_s(files, epoch) - grace_s
+    commits = _kept_commits(storage, log, keep, _young_artifacts(files, before_s))
     found = Collected(kept=tuple(str(entry.artifact) for entry in commits))
     embeddings = embedding_store(storage, config)
     needed = {*_needed(storage, embeddings, commits), *_told(log, commits, files), *remembered(storage, datetime.now(UTC))}
     shared = config.store.embeddings is not None
     doomed = [
-        file
-        for file in files
-        if file.path not in needed
-        and _is_collected(file, now - grace_s, lease.epoch if lease else None, with_embeddings=not shared)
+        file for file in files if file.path not in needed and _is_collected(file, before_s, epoch, with_embeddings=not shared)
     ]
     for file in sorted(doomed, key=_order):
         folder = file.path.partition("/")[0]
@@ -110,7 +105,7 @@ def collect_held(
             lease.check()
             storage.delete(file.path)
     if compact:
-        old = {file.path for file in files if file.path in needed and file.modified_s < now - grace_s}
+        old = {file.path for file in files if file.path in needed and file.modified_s < before_s}
         _compact(storage, embeddings, commits, old, found, lease)
     return found
 
@@ -147,6 +142,12 @@ def _is_collected(file: Stored, before_s: float, epoch: int | None, *, with_embe
     if any(part.startswith(LEFTOVERS) for part in file.path.split("/")):
         return file.modified_s < before_s
     return folder in COLLECTED and (with_embeddings or folder != layout.EMBEDDINGS) and file.modified_s < before_s
+
+
+def _now_s(files: list[Stored], epoch: int | None) -> float:
+    """By the storage's clock, which dated our acquire; where there is none, by that of this machine."""
+    acquired = None if epoch is None else layout.log_entry(epoch)
+    return next((file.modified_s for file in files if file.path == acquired), time.time())
 
 
 def _young_artifacts(files: list[Stored], after_s: float) -> set[str]:

@@ -116,19 +116,21 @@ def _reading(storage: Storage, path: str) -> Iterator[None]:
             try:
                 yield
             except OSError as error:
-                if is_of_bytes(error):
-                    raise pa.ArrowInvalid(str(error)) from error
-                raise
+                if is_storages(error):
+                    raise
+                raise pa.ArrowInvalid(str(error)) from error
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise VerificationError(f"{storage.at(path)}: not readable, {error}; delete it and its record, run again") from error
 
 
-def is_of_bytes(error: OSError) -> bool:
-    """Whether it is Arrow's, of bytes that it could not make sense of: those of files and stores have a number or a class.
+def is_storages(error: Exception) -> bool:
+    """Whether it is a file's or a store's, which have a number or a class, and not Arrow's, of bytes that make no sense to it.
 
-    But for one of gcsfs (``retry.validate_response``).
+    One of gcsfs has neither (``retry.validate_response``).
     """
-    return type(error) is OSError and error.errno is None and not str(error).startswith("Forbidden: ")
+    if not isinstance(error, OSError):
+        return False
+    return type(error) is not OSError or error.errno is not None or str(error).startswith("Forbidden: ")
 
 
 def read_keys(storage: Storage, folder: str, file: DataFile) -> Keys:
